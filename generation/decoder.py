@@ -1,0 +1,142 @@
+"""Speculative decoding with an EAGLE-3 draft: the loop behind `target.generate(assistant_model=draft)`.
+
+    prefill     the target reads the prompt, its choice is the first token; its states go to the draft
+    draft       the head reads the true states of what was accepted, then proposes a chain
+    verify      the target reads root and proposals at once and chooses its own token after each accepted one
+    keep        both caches drop what was not accepted; the states of the accepted path go to the draft
+
+After every round the text is one token longer than the target's cache: the newest token, the root of the next round, has
+been chosen but not read.
+
+Source: EAGLE-3, arXiv:2503.01840.
+"""
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+
+from .caches import cache_bytes, forget_last
+from .drafting import DraftMemory, draft_chain
+from .metrics import SpeculationStats
+from .support import check_call, num_assistant_tokens
+from .transcript import Transcript
+from .verification import accept_path, read_tree
+
+
+@torch.no_grad()
+def generate(
+    target: PreTrainedModel,
+    draft,
+    input_ids: Tensor,
+    *,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: BaseStreamer | None = None,
+    inputs_tensor: Tensor | None = None,
+    tokenizer=None,
+    assistant_tokenizer=None,
+    **model_kwargs,
+) -> GenerateDecoderOnlyOutput | Tensor:
+    """
+    Continues `input_ids` as plain `generate()` would, in fewer forwards of the target.
+
+    Args:
+        target (`PreTrainedModel`): The model whose text is generated.
+        draft ([`Eagle3MLADraftModel`]): The head; `draft.generation_config.num_assistant_tokens` is the chain's length.
+        input_ids (`torch.LongTensor` of shape `(1, T)`): The prompt.
+        logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs:
+            As `generate()` prepared them.
+        inputs_tensor, tokenizer, assistant_tokenizer:
+            Given by `generate()` to every assistant, not needed here.
+
+    Returns:
+        `torch.LongTensor` of shape `(1, T + new tokens)`, or `GenerateDecoderOnlyOutput` for `return_dict_in_generate`.
+
+    Raises:
+        ValueError: If target and draft do not belong together.
+        NotImplementedError: If the call asks for something that has no assisted form yet.
+
+    **Effects**: `draft.speculation_stats` is replaced. The random generator ends where plain sampling leaves it.
+    """
+    check_call(target, draft, input_ids, generation_config, synced_gpus, model_kwargs)
+    wants_output = generation_config.return_dict_in_generate
+    transcript = Transcript(
+        input_ids,
+        logits_processor,
+        stopping_criteria,
+        do_sample=bool(generation_config.do_sample),
+        scores=() if wants_output and generation_config.output_scores else None,
+        logits=() if wants_output and generation_config.output_logits else None,
+        streamer=streamer,
+    )
+    draft.speculation_stats = SpeculationStats()
+    try:
+        cache = decode(target, draft, transcript, generation_config, model_kwargs)
+    finally:
+        if streamer is not None:
+            streamer.end()
+    if not wants_output:
+        return transcript.input_ids
+    return GenerateDecoderOnlyOutput(
+        sequences=transcript.input_ids, scores=transcript.scores, logits=transcript.logits, past_key_values=cache
+    )
+
+
+def decode(target: PreTrainedModel, draft, transcript: Transcript, generation_config: GenerationConfig, model_kwargs):
+    """
+    All rounds of one call; returns the target's cache, which holds the whole text but its last token.
+
+    **Effects**: fills `transcript` and `draft.speculation_stats`.
+    """
+    stats, captured = draft.speculation_stats, draft.capture_aux_hidden_states(target)
+    with captured:
+        cache, model_kwargs = prefill(target, transcript, generation_config, model_kwargs)
+    memory = first_memory(captured.take(), transcript.input_ids, model_kwargs)
+    stats.target_calls, stats.new_tokens = 1, 1
+    transcript.flush()
+
+    while not transcript.is_finished:
+        num_tokens = min(num_assistant_tokens(draft), transcript.max_new_tokens - 1)
+        tree = draft_chain(draft, target, memory, num_tokens, transcript.logits_processor, transcript.noise)
+        with captured:
+            outputs, logits = read_tree(target, tree, transcript, model_kwargs)
+        verdict = accept_path(tree, logits, transcript)
+
+        num_kept = len(verdict.path)
+        forget_last(cache, len(tree) - num_kept)
+        model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_kept)
+        memory.await_rows(captured.take()[:, :num_kept], transcript.input_ids[:, -num_kept:])
+
+        stats.target_calls += 1
+        stats.record(num_kept, verdict.num_accepted, deepest=num_tokens)
+        stats.draft_cache_bytes, stats.draft_cache_tokens = cache_bytes(memory.cache), memory.cache.get_seq_length()
+        transcript.flush()
+    return cache
+
+
+def prefill(target: PreTrainedModel, transcript: Transcript, generation_config: GenerationConfig, model_kwargs: dict):
+    """
+    The target reads the prompt as in plain generation and chooses the first token.
+
+    Returns the target's cache and its generation state after one more token. **Effects**: extends `transcript`.
+    """
+    outputs = target._prefill(transcript.input_ids, generation_config, model_kwargs)
+    cache = outputs.past_key_values
+    # Only now, or sliding-window layers would keep the whole prompt.
+    cache.activate_past_recording()
+    logits = outputs.logits[:, -1].to(dtype=torch.float32, device=transcript.input_ids.device, copy=True)
+    transcript.extend(logits)
+    return cache, target._update_model_kwargs_for_generation(outputs, model_kwargs)
+
+
+def first_memory(aux_hidden_states: Tensor, input_ids: Tensor, model_kwargs: dict) -> DraftMemory:
+    """The prompt's rows, all pending: states `(1, T, 3 * Dt)` and tokens `(1, T + 1)`, without padding."""
+    tokens = input_ids
+    if (mask := model_kwargs.get("attention_mask")) is not None:
+        is_token = mask[0].bool()
+        tokens, aux_hidden_states = tokens[:, is_token], aux_hidden_states[:, is_token[:-1]]
+    return DraftMemory(aux_hidden_states, tokens[:, 1:])

@@ -1,0 +1,66 @@
+"""What happened in one call: rounds, accepted tokens by depth, memory.
+
+Counted are tokens that were emitted, never tokens that were only drafted; a round that end-of-sequence or the length
+limit cuts short counts what it emitted. The prefill, which emits the first token without any draft, is not a round.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class SpeculationStats:
+    """
+    Statistics of one call of `generate(assistant_model=draft)`, in `draft.speculation_stats`.
+
+    It is new for every call and up to date whenever a streamer gets a token: all tokens of a round but the last are
+    accepted draft tokens.
+
+    Args:
+        acceptance_lengths (`list[int]`): Tokens that each round emitted, bonus token included.
+        drafted_by_depth (`list[int]`): Rounds in which a token of that depth was drafted and its parent emitted.
+        accepted_by_depth (`list[int]`): Rounds in which it was emitted.
+        target_calls (`int`): Forwards of the target, prefill included.
+        new_tokens (`int`): Emitted tokens, that of the prefill included.
+        draft_cache_bytes (`int`): Bytes of the draft's cache after the last round.
+        draft_cache_tokens (`int`): Positions in it.
+    """
+
+    acceptance_lengths: list[int] = field(default_factory=list)
+    drafted_by_depth: list[int] = field(default_factory=list)
+    accepted_by_depth: list[int] = field(default_factory=list)
+    target_calls: int = 0
+    new_tokens: int = 0
+    draft_cache_bytes: int = 0
+    draft_cache_tokens: int = 0
+
+    @property
+    def rounds(self) -> int:
+        return len(self.acceptance_lengths)
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean tokens per round, bonus token included (the serving engines' convention); 0 without any round."""
+        return sum(self.acceptance_lengths) / self.rounds if self.rounds else 0.0
+
+    @property
+    def acceptance_by_depth(self) -> list[float]:
+        """Share of the reached draft tokens that were accepted; index 0 is the first token after the root."""
+        return [hit / tried for hit, tried in zip(self.accepted_by_depth, self.drafted_by_depth, strict=True) if tried]
+
+    def record(self, num_emitted: int, num_accepted: int, deepest: int) -> None:
+        """
+        Adds one round.
+
+        Args:
+            num_emitted (`int`): Tokens emitted.
+            num_accepted (`int`): How many of them were draft tokens.
+            deepest (`int`): Depth of the deepest draft token along the path that was walked.
+        """
+        self.acceptance_lengths.append(num_emitted)
+        self.new_tokens += num_emitted
+        missing = deepest - len(self.drafted_by_depth)
+        self.drafted_by_depth += [0] * missing
+        self.accepted_by_depth += [0] * missing
+        for depth in range(min(num_emitted, deepest)):
+            self.drafted_by_depth[depth] += 1
+            self.accepted_by_depth[depth] += depth < num_accepted

@@ -1,0 +1,88 @@
+"""What assisted decoding takes, checked before any work begins.
+
+Everything that `generate()` accepts and that has no exact assisted form is refused here by name, never approximated.
+"""
+
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+DEFAULT_NUM_ASSISTANT_TOKENS = 7
+
+
+def check_call(
+    target: PreTrainedModel,
+    draft,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    synced_gpus: bool,
+    model_kwargs: dict,
+) -> None:
+    """
+    Refuses what cannot be decoded exactly.
+
+    Raises:
+        ValueError: If target and draft do not belong together, or a setting is out of bounds.
+        NotImplementedError: If the call asks for something that has no assisted form yet.
+    """
+    draft.check_target(target)
+    num_assistant_tokens(draft)
+    _check_outputs(generation_config)
+    _check_cache(generation_config, model_kwargs)
+    if input_ids.shape[0] != 1:
+        raise NotImplementedError(
+            f"The batch must hold 1 sequence for an EAGLE-3 draft, got {input_ids.shape[0]}. Generate row by row, or "
+            "leave `assistant_model` out."
+        )
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise NotImplementedError("`inputs_embeds` cannot be used with an EAGLE-3 draft, which needs the prompt's ids.")
+    if target.config.is_encoder_decoder:
+        raise NotImplementedError("An EAGLE-3 draft assists decoder-only targets, got an encoder-decoder.")
+    if synced_gpus:
+        raise NotImplementedError("`synced_gpus=True` is not supported with an EAGLE-3 draft, pass False.")
+    if generation_config.assistant_ensemble_weight is not None:
+        raise NotImplementedError(
+            "`assistant_ensemble_weight` changes the text and is not supported with an EAGLE-3 draft, pass None."
+        )
+
+
+def num_assistant_tokens(draft) -> int:
+    """
+    Draft tokens per round, from `draft.generation_config.num_assistant_tokens`.
+
+    Raises:
+        ValueError: If it is not an integer of at least 0.
+    """
+    value = draft.generation_config.num_assistant_tokens
+    if value is None:
+        return DEFAULT_NUM_ASSISTANT_TOKENS
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(
+            f"`draft.generation_config.num_assistant_tokens` must be an integer of at least 0, got {value!r}."
+        )
+    return value
+
+
+def _check_outputs(generation_config: GenerationConfig) -> None:
+    if not generation_config.return_dict_in_generate:
+        return
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(generation_config, name):
+            raise NotImplementedError(
+                f"`{name}=True` is not supported with an EAGLE-3 draft yet. Pass False, or leave `assistant_model` out."
+            )
+
+
+def _check_cache(generation_config: GenerationConfig, model_kwargs: dict) -> None:
+    if not model_kwargs.get("use_cache"):
+        raise ValueError("`use_cache` must be True for an EAGLE-3 draft, got False.")
+    cache = model_kwargs.get("past_key_values")
+    if not isinstance(cache, DynamicCache):
+        raise NotImplementedError(
+            f"The target's cache must be a DynamicCache for an EAGLE-3 draft, got {type(cache).__name__} "
+            f"(`cache_implementation={generation_config.cache_implementation!r}`). Leave `cache_implementation` out."
+        )
+    if cache.get_seq_length() > 0:
+        raise NotImplementedError(
+            f"`past_key_values` must be empty, got a cache of {cache.get_seq_length()} tokens: the draft needs the "
+            "target's states of the whole text. Pass the whole text as `input_ids` and no cache."
+        )
