@@ -32,13 +32,16 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention as flex_kernel
 from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
 from .configuration_eagle3_mla import Eagle3MLAConfig
+
+logger = logging.get_logger(__name__)
 
 CosSin = tuple[Tensor, Tensor]
 
@@ -133,9 +136,14 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
 
 
 def flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """As `eager_attention`, by FlexAttention, compiled for more than 128 queries on a GPU."""
-    from torch.nn.attention.flex_attention import flex_attention as kernel
+    """As `eager_attention`, by FlexAttention, compiled for more than 128 queries on a GPU.
 
+    It has no backward on the CPU: where one is needed there, `sdpa_attention` runs instead, which is logged once.
+    """
+    needs_backward = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (query, key, value))
+    if needs_backward and query.device.type == "cpu":
+        logger.warning_once("FlexAttention has no backward on the CPU: `sdpa` is used instead of `flex_attention`.")
+        return sdpa_attention(query, key, value, mask, scaling)
     offset = key.shape[2] - query.shape[2]
 
     def add_mask(score, batch, head, query_index, key_index):
@@ -146,15 +154,15 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
 
     if mask is not None:
         mask = mask.expand(query.shape[0], -1, -1, -1)
-    if query.is_cuda and query.shape[2] > 128:
-        kernel = _compiled(kernel)
+    kernel = compiled_flex_kernel() if query.is_cuda and query.shape[2] > 128 else flex_kernel
     score_mod = hide_future if mask is None else add_mask
     return kernel(query, key, value, score_mod=score_mod, scale=scaling, enable_gqa=True)
 
 
-@functools.lru_cache(maxsize=1)
-def _compiled(kernel):
-    return torch.compile(kernel)
+@functools.cache
+def compiled_flex_kernel():
+    """FlexAttention as one fused kernel, compiled at first use."""
+    return torch.compile(flex_kernel)
 
 
 def causal_mask(query: Tensor, key: Tensor) -> Tensor:

@@ -5,8 +5,8 @@
     verify      the target reads root and proposals at once and chooses its own token after each accepted one
     keep        both caches drop what was not accepted; the states of the accepted path go to the draft
 
-After every round the text is one token longer than the target's cache: the newest token, the root of the next round, has
-been chosen but not read.
+After every round the text is one token longer than the target's cache: the newest token, the root of the next round,
+has been chosen but not read.
 
 Source: EAGLE-3, arXiv:2503.01840.
 """
@@ -46,7 +46,7 @@ def generate(
 
     Args:
         target (`PreTrainedModel`): The model whose text is generated.
-        draft ([`Eagle3MLADraftModel`]): The head; `draft.generation_config.num_assistant_tokens` is the chain's length.
+        draft ([`Eagle3MLADraftModel`]): The head; its `generation_config.num_assistant_tokens` is the chain's length.
         input_ids (`torch.LongTensor` of shape `(1, T)`): The prompt.
         logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs:
             As `generate()` prepared them.
@@ -54,7 +54,7 @@ def generate(
             Given by `generate()` to every assistant, not needed here.
 
     Returns:
-        `torch.LongTensor` of shape `(1, T + new tokens)`, or `GenerateDecoderOnlyOutput` for `return_dict_in_generate`.
+        `torch.LongTensor` of shape `(1, T + new)`, or `GenerateDecoderOnlyOutput` for `return_dict_in_generate`.
 
     Raises:
         ValueError: If target and draft do not belong together.
@@ -94,7 +94,12 @@ def decode(target: PreTrainedModel, draft, transcript: Transcript, generation_co
     """
     stats, captured = draft.speculation_stats, draft.capture_aux_hidden_states(target)
     with captured:
-        cache, model_kwargs = prefill(target, transcript, generation_config, model_kwargs)
+        outputs = target._prefill(transcript.input_ids, generation_config, model_kwargs)
+    transcript.extend(outputs.logits[:, -1].to(dtype=torch.float32, device=transcript.input_ids.device, copy=True))
+    model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs)
+    cache = outputs.past_key_values
+    # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
+    cache.activate_past_recording()
     memory = first_memory(captured.take(), transcript.input_ids, model_kwargs)
     stats.target_calls, stats.new_tokens = 1, 1
     transcript.flush()
@@ -116,21 +121,6 @@ def decode(target: PreTrainedModel, draft, transcript: Transcript, generation_co
         stats.draft_cache_bytes, stats.draft_cache_tokens = cache_bytes(memory.cache), memory.cache.get_seq_length()
         transcript.flush()
     return cache
-
-
-def prefill(target: PreTrainedModel, transcript: Transcript, generation_config: GenerationConfig, model_kwargs: dict):
-    """
-    The target reads the prompt as in plain generation and chooses the first token.
-
-    Returns the target's cache and its generation state after one more token. **Effects**: extends `transcript`.
-    """
-    outputs = target._prefill(transcript.input_ids, generation_config, model_kwargs)
-    cache = outputs.past_key_values
-    # Only now, or sliding-window layers would keep the whole prompt.
-    cache.activate_past_recording()
-    logits = outputs.logits[:, -1].to(dtype=torch.float32, device=transcript.input_ids.device, copy=True)
-    transcript.extend(logits)
-    return cache, target._update_model_kwargs_for_generation(outputs, model_kwargs)
 
 
 def first_memory(aux_hidden_states: Tensor, input_ids: Tensor, model_kwargs: dict) -> DraftMemory:

@@ -1,10 +1,10 @@
 """How a token is chosen, so that one seed gives the text of plain `generate()`.
 
 `torch.multinomial(probs, 1)` is `argmax(probs / e)` with `e` exponential noise of the shape of `probs`. Plain sampling
-draws one `e (B, V)` per new token, in order. `Noise` draws the same ones ahead, from a private generator that starts at
-the state of the public one; the draft reads the noise of the coming tokens and proposes what will be chosen. The public
-generator moves on only when a token is committed, so at every moment, an exception included, its state is the one that
-plain sampling would have left behind.
+draws one `e (B, V)` per new token, in order. `Noise` draws the same ones ahead, from a private generator that starts
+at the state of the public one; the draft reads the noise of the coming tokens and proposes what will be chosen. The
+public generator moves on only when a token is committed, so at every moment, an exception included, its state is the
+one that plain sampling would have left behind.
 
 Shapes: B batch, V the target's vocabulary.
 """

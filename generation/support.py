@@ -31,10 +31,10 @@ def check_call(
     if input_ids.shape[0] != 1:
         raise NotImplementedError(
             f"The batch must hold 1 sequence for an EAGLE-3 draft, got {input_ids.shape[0]}. Generate row by row, or "
-            "leave `assistant_model` out."
+            "pass no `assistant_model`."
         )
     if model_kwargs.get("inputs_embeds") is not None:
-        raise NotImplementedError("`inputs_embeds` cannot be used with an EAGLE-3 draft, which needs the prompt's ids.")
+        raise NotImplementedError("`inputs_embeds` must be None: an EAGLE-3 draft needs the prompt's `input_ids`.")
     if target.config.is_encoder_decoder:
         raise NotImplementedError("An EAGLE-3 draft assists decoder-only targets, got an encoder-decoder.")
     if synced_gpus:
@@ -68,7 +68,7 @@ def _check_outputs(generation_config: GenerationConfig) -> None:
     for name in ("output_attentions", "output_hidden_states"):
         if getattr(generation_config, name):
             raise NotImplementedError(
-                f"`{name}=True` is not supported with an EAGLE-3 draft yet. Pass False, or leave `assistant_model` out."
+                f"`{name}=True` is not supported with an EAGLE-3 draft yet. Pass False, or no `assistant_model`."
             )
 
 

@@ -1,8 +1,8 @@
-"""The text so far, and the one step by which it grows: process scores, choose a token, append it, look whether to stop.
+"""The text so far, and the one step by which it grows: process scores, choose a token, append it, ask whether to stop.
 
-This is plain `generate()`'s step, in its order and with its arguments, taken once per emitted token. Whatever depends on
-the prefix (repetition penalty, grammar, stop strings, a processor with a state of its own) therefore sees exactly what
-it sees in plain generation, and no token is emitted after the one that stops it.
+This is plain `generate()`'s step, in its order and with its arguments, taken once per emitted token. Whatever depends
+on the prefix (repetition penalty, grammar, stop strings, a processor with a state of its own) therefore sees exactly
+what it sees in plain generation, and no token is emitted after the one that stops it.
 
 Shapes: B batch (1), T tokens, V the target's vocabulary.
 """

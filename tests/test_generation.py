@@ -1,0 +1,391 @@
+"""`generate(assistant_model=draft)` equals plain `generate()`: tokens, scores, cache length, random state, stream."""
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StoppingCriteria,
+)
+
+from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
+from eagle3_mla.generation import caches as caching
+from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
+
+VOCAB_SIZE = 11
+MAX_NEW_TOKENS = 30
+SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "bos_token_id": 2,
+}
+GPT2_SHAPE = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 32,
+    "n_layer": 4,
+    "n_head": 4,
+    "n_positions": 256,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+    "bos_token_id": 2,
+}
+BLOOM_SHAPE = {name: GPT2_SHAPE[name] for name in GPT2_SHAPE if name not in ("n_embd", "n_positions")}
+TARGETS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
+    "mistral-window-8": lambda: MistralForCausalLM(MistralConfig(sliding_window=8, **SHAPE)),
+    "gemma2-window-8": lambda: Gemma2ForCausalLM(Gemma2Config(sliding_window=8, **SHAPE)),
+    "gemma3-window-8": lambda: Gemma3ForCausalLM(Gemma3TextConfig(sliding_window=8, **SHAPE)),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SHAPE)),
+    "bloom": lambda: BloomForCausalLM(BloomConfig(hidden_size=32, **BLOOM_SHAPE)),
+}
+SETTINGS = {
+    "greedy": {"do_sample": False},
+    "greedy-processors": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
+    "greedy-min-new-tokens": {"do_sample": False, "min_new_tokens": 12, "eos_token_id": [1, 5, 7]},
+    "sample": {"do_sample": True},
+    "sample-warpers": {"do_sample": True, "temperature": 0.7, "top_k": 7, "top_p": 0.9, "min_p": 0.05},
+    "sample-typical": {"do_sample": True, "typical_p": 0.8, "epsilon_cutoff": 0.02},
+    "sample-processors": {"do_sample": True, "repetition_penalty": 1.2, "bad_words_ids": [[3], [4, 5]]},
+    "sample-eos": {"do_sample": True, "eos_token_id": [1, 5, 7]},
+    "sample-guidance": {"do_sample": True, "guidance_scale": 1.5},
+}
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    return TARGETS["llama"]().eval()
+
+
+def make_draft(target, **fields) -> Eagle3MLADraftModel:
+    config = Eagle3MLAConfig.from_target(target.config, draft_vocab_size=10, initializer_range=0.2, **fields)
+    draft = Eagle3MLADraftModel(config).eval()
+    draft.set_draft_vocabulary(torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 9, 10]))
+    return draft
+
+
+def make_prompt(num_tokens: int, num_padding: int = 0) -> dict[str, torch.Tensor]:
+    input_ids = torch.randint(2, VOCAB_SIZE, (1, num_padding + num_tokens))
+    attention_mask = torch.ones_like(input_ids)
+    input_ids[:, :num_padding] = 0
+    attention_mask[:, :num_padding] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def run(target, prompt, seed=0, **settings):
+    torch.manual_seed(seed)
+    outputs = target.generate(
+        **prompt,
+        **{"max_new_tokens": MAX_NEW_TOKENS, "return_dict_in_generate": True, **settings},
+        output_scores=True,
+        output_logits=True,
+    )
+    return outputs, torch.get_rng_state()
+
+
+def assert_same_generation(target, draft, prompt, seed=0, **settings):
+    """Text, scores, logits, what the cache holds, and where the random generator stands."""
+    plain, plain_state = run(target, prompt, seed, **settings)
+    assisted, assisted_state = run(target, prompt, seed, assistant_model=draft, **settings)
+    assert assisted.sequences.tolist() == plain.sequences.tolist()
+    assert torch.equal(assisted_state, plain_state)
+    num_new_tokens = plain.sequences.shape[1] - prompt["input_ids"].shape[1]
+    assert draft.speculation_stats.new_tokens == num_new_tokens
+    assert len(assisted.scores) == len(assisted.logits) == num_new_tokens
+    torch.testing.assert_close(torch.cat(assisted.scores), torch.cat(plain.scores), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat(assisted.logits), torch.cat(plain.logits), rtol=1e-4, atol=1e-4)
+    assert assisted.past_key_values.get_seq_length() == plain.sequences.shape[1] - 1
+    return assisted
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+@pytest.mark.parametrize("make_target", TARGETS.values(), ids=TARGETS.keys())
+def test_text_is_that_of_plain_generation(make_target, settings):
+    target = make_target().eval()
+    num_accepted = 0
+    for seed, (num_tokens, num_padding) in enumerate([(1, 0), (9, 0), (6, 3), (12, 5), (7, 0), (8, 1)]):
+        draft = make_draft(target)
+        assert_same_generation(target, draft, make_prompt(num_tokens, num_padding), seed, **settings)
+        num_accepted += sum(draft.speculation_stats.accepted_by_depth)
+    assert num_accepted > 0
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mla_rope_dim": 4},
+        {"mla_rope_dim": 4, "mla_q_lora_rank": 8},
+        {"attention_type": "gqa"},
+        {"num_hidden_layers": 2},
+        {"hidden_size": 16},
+        {"fc_norm": True, "norm_output": True},
+    ],
+    ids=str,
+)
+def test_every_kind_of_head_gives_the_plain_text(llama, fields):
+    draft = make_draft(llama, **fields)
+    for settings in SETTINGS["greedy"], SETTINGS["sample-warpers"]:
+        assert_same_generation(llama, draft, make_prompt(7), **settings)
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa", "flex_attention"])
+def test_every_kernel_gives_the_plain_text(llama, kernel):
+    draft = make_draft(llama)
+    draft.set_attn_implementation(kernel)
+    assert_same_generation(llama, draft, make_prompt(7, num_padding=2), do_sample=False)
+
+
+@pytest.mark.parametrize("num_assistant_tokens", [0, 1, 2, 7, 40])
+def test_any_chain_length_gives_the_plain_text(llama, num_assistant_tokens):
+    draft = make_draft(llama)
+    draft.generation_config.num_assistant_tokens = num_assistant_tokens
+    for settings in SETTINGS["greedy"], SETTINGS["sample"]:
+        assert_same_generation(llama, draft, make_prompt(5), **settings)
+    assert len(draft.speculation_stats.drafted_by_depth) <= num_assistant_tokens
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 8])
+def test_length_limit_cuts_inside_a_round(llama, max_new_tokens):
+    draft = make_draft(llama)
+    for settings in SETTINGS["greedy"], SETTINGS["sample"]:
+        assisted = assert_same_generation(llama, draft, make_prompt(5), max_new_tokens=max_new_tokens, **settings)
+        assert assisted.sequences.shape[1] == 5 + max_new_tokens
+
+
+def test_two_calls_in_a_row_equal_two_plain_calls(llama):
+    """The generator's state after the first call decides the second; unused draws must not count."""
+    draft, prompt = make_draft(llama), make_prompt(6)
+
+    def two_calls(**assistance):
+        torch.manual_seed(3)
+        return [llama.generate(**prompt, max_new_tokens=20, do_sample=True, **assistance).tolist() for _ in range(2)]
+
+    assert two_calls(assistant_model=draft) == two_calls()
+
+
+class RandomProcessor(LogitsProcessor):
+    """Draws random numbers of its own, as a watermark might."""
+
+    def __call__(self, input_ids, scores):
+        return scores + torch.rand_like(scores)
+
+
+class CountingProcessor(LogitsProcessor):
+    """Has a state: every third call forbids the best token."""
+
+    def __init__(self):
+        self.num_calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.num_calls += 1
+        if self.num_calls % 3 == 0:
+            scores = scores.scatter(-1, scores.argmax(dim=-1, keepdim=True), -float("inf"))
+        return scores
+
+
+@pytest.mark.parametrize("make_processor", [RandomProcessor, CountingProcessor])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
+def test_processor_with_a_state_of_its_own_sees_plain_generations_calls(llama, make_processor, do_sample):
+    draft, prompt = make_draft(llama), make_prompt(6)
+    texts = []
+    for assistance in {}, {"assistant_model": draft}:
+        outputs, state = run(llama, prompt, do_sample=do_sample, logits_processor=[make_processor()], **assistance)
+        texts.append((outputs.sequences.tolist(), state.tolist()))
+    assert texts[0] == texts[1]
+
+
+class StopAtToken(StoppingCriteria):
+    """Stops after a token; raises instead if asked to."""
+
+    def __init__(self, token: int, error: type[Exception] | None = None):
+        self.token, self.error, self.lengths = token, error, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.lengths.append(input_ids.shape[1])
+        is_done = input_ids[:, -1] == self.token
+        if is_done.any() and self.error is not None:
+            raise self.error
+        return is_done
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
+def test_custom_criterion_stops_exactly_where_it_stops_plain_generation(llama, do_sample):
+    draft, prompt = make_draft(llama), make_prompt(6)
+    plain, _ = run(llama, prompt, do_sample=do_sample)
+    for token in set(plain.sequences[0, 6:].tolist()):
+        criteria = StopAtToken(token), StopAtToken(token)
+        expected, _ = run(llama, prompt, do_sample=do_sample, stopping_criteria=[criteria[0]])
+        assisted, _ = run(llama, prompt, do_sample=do_sample, stopping_criteria=[criteria[1]], assistant_model=draft)
+        assert assisted.sequences.tolist() == expected.sequences.tolist()
+        assert criteria[0].lengths == criteria[1].lengths
+
+
+class RecordingStreamer:
+    def __init__(self):
+        self.pieces, self.has_ended = [], False
+
+    def put(self, value):
+        self.pieces.append(value.tolist())
+
+    def end(self):
+        self.has_ended = True
+
+
+def test_streamer_gets_what_plain_generation_streams(llama):
+    draft, prompt, streams = make_draft(llama), make_prompt(6), []
+    for assistance in {}, {"assistant_model": draft}:
+        streamer = RecordingStreamer()
+        llama.generate(**prompt, max_new_tokens=20, do_sample=False, streamer=streamer, **assistance)
+        assert streamer.has_ended
+        streams.append(streamer.pieces)
+    assert streams[0] == streams[1]
+
+
+def test_exception_ends_the_stream_and_leaves_the_random_state_of_plain_generation(llama):
+    draft, prompt = make_draft(llama), make_prompt(6)
+    token = run(llama, prompt, do_sample=True)[0].sequences[0, 16].item()
+    states = []
+    for assistance in {}, {"assistant_model": draft}:
+        streamer = RecordingStreamer()
+        torch.manual_seed(0)
+        with pytest.raises(ZeroDivisionError):
+            llama.generate(
+                **prompt,
+                max_new_tokens=20,
+                do_sample=True,
+                stopping_criteria=[StopAtToken(token, ZeroDivisionError)],
+                streamer=streamer,
+                **assistance,
+            )
+        states.append(torch.get_rng_state().tolist())
+    assert streamer.has_ended
+    assert states[0] == states[1]
+    assert not llama.model.layers[2]._forward_pre_hooks
+
+
+def test_chunked_prefill_gives_the_plain_text(llama):
+    draft, prompt = make_draft(llama), make_prompt(20)
+    assert_same_generation(llama, draft, prompt, do_sample=False, prefill_chunk_size=7)
+
+
+def test_plain_tensor_is_returned_unless_a_dict_is_asked_for(llama):
+    draft, prompt = make_draft(llama), make_prompt(6)
+    assisted = llama.generate(**prompt, max_new_tokens=9, do_sample=False, assistant_model=draft)
+    assert assisted.tolist() == llama.generate(**prompt, max_new_tokens=9, do_sample=False).tolist()
+
+
+def test_prompt_without_a_mask_gives_the_plain_text(llama):
+    draft, input_ids = make_draft(llama), make_prompt(6)["input_ids"]
+    assert_same_generation(llama, draft, {"input_ids": input_ids}, do_sample=False)
+
+
+def test_statistics_count_emitted_tokens(llama):
+    draft = make_draft(llama)
+    assert_same_generation(llama, draft, make_prompt(6), do_sample=True)
+    stats = draft.speculation_stats
+    assert stats.new_tokens == MAX_NEW_TOKENS == 1 + sum(stats.acceptance_lengths)
+    assert stats.target_calls == 1 + stats.rounds
+    assert stats.accepted_by_depth[0] == sum(length > 1 for length in stats.acceptance_lengths)
+    assert all(0 <= rate <= 1 for rate in stats.acceptance_by_depth)
+    assert stats.draft_cache_bytes == stats.draft_cache_tokens * draft.config.mla_latent_dim * 4
+
+
+@torch.no_grad()
+def test_draft_cache_is_rebuilt_from_the_targets_true_states(llama, monkeypatch):
+    """Rows of guesses that stay behind cost no correctness and much acceptance; nobody would see it."""
+    caches = []
+    monkeypatch.setattr(caching, "DynamicCache", lambda: caches.append(DynamicCache()) or caches[-1])
+    draft = make_draft(llama)
+    sequences = llama.generate(**make_prompt(6), max_new_tokens=20, do_sample=False, assistant_model=draft)
+    num_rows = caches[0].get_seq_length()
+    captured = draft.capture_aux_hidden_states(llama)
+    with captured:
+        llama(sequences[:, :num_rows])
+    expected = DynamicCache()
+    draft(draft.embed(sequences[:, 1 : num_rows + 1], llama), captured.take(), past_key_values=expected)
+    assert num_rows > 20
+    torch.testing.assert_close(caches[0].layers[0].keys, expected.layers[0].keys, rtol=1e-4, atol=1e-5)
+
+
+def test_other_assistants_go_the_way_they_always_went(llama):
+    prompt = make_prompt(6) | {"max_new_tokens": 12, "do_sample": False}
+    expected = llama.generate(**prompt).tolist()
+    assert llama.generate(**prompt, assistant_model=llama).tolist() == expected
+    assert llama.generate(**prompt, prompt_lookup_num_tokens=3).tolist() == expected
+
+
+def test_hook_wraps_once_however_often_it_is_installed():
+    from transformers import GenerationMixin
+
+    from eagle3_mla.modeling_eagle3_mla import install_assistant_hook
+
+    before = GenerationMixin._assisted_decoding
+    install_assistant_hook()
+    assert GenerationMixin._assisted_decoding is before
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"cache_implementation": "static"}, NotImplementedError, "must be a DynamicCache.*'static'"),
+        ({"use_cache": False}, ValueError, "`use_cache` must be True"),
+        ({"output_attentions": True}, NotImplementedError, "`output_attentions=True`"),
+        ({"output_hidden_states": True}, NotImplementedError, "`output_hidden_states=True`"),
+    ],
+    ids=str,
+)
+def test_what_is_not_supported_yet_is_refused_by_name(llama, change, error, message):
+    settings = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True} | change
+    with pytest.raises(error, match=message):
+        llama.generate(**make_prompt(4), assistant_model=make_draft(llama), **settings)
+
+
+def test_batch_is_refused_by_name(llama):
+    with pytest.raises(NotImplementedError, match=r"must hold 1 sequence .* got 2"):
+        llama.generate(torch.randint(2, VOCAB_SIZE, (2, 5)), max_new_tokens=5, assistant_model=make_draft(llama))
+
+
+def test_filled_cache_is_refused_by_name(llama):
+    prompt = make_prompt(5)
+    cache = llama(prompt["input_ids"][:, :4]).past_key_values
+    with pytest.raises(NotImplementedError, match="`past_key_values` must be empty, got a cache of 4 tokens"):
+        llama.generate(**prompt, past_key_values=cache, max_new_tokens=5, assistant_model=make_draft(llama))
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, True, "7"])
+def test_wrong_number_of_draft_tokens_is_refused_by_name(llama, value):
+    draft = make_draft(llama)
+    draft.generation_config.num_assistant_tokens = value
+    with pytest.raises(ValueError, match="num_assistant_tokens` must be an integer of at least 0, got"):
+        llama.generate(**make_prompt(4), max_new_tokens=5, assistant_model=draft)
+
+
+def test_draft_of_another_target_is_refused_before_any_forward(llama):
+    config = Eagle3MLAConfig.from_target(llama.config, target_hidden_size=24)
+    with pytest.raises(ValueError, match="made for another target"):
+        llama.generate(**make_prompt(4), max_new_tokens=5, assistant_model=Eagle3MLADraftModel(config))
