@@ -810,15 +810,19 @@ def generation_package(config: Eagle3MLAConfig, hub_options: dict) -> str | None
     """Name under which `generation/` can be imported, `None` where the draft comes without it."""
     if not IS_REMOTE_CODE:
         return f"{__package__}.generation"
+    if not config.name_or_path:
+        return None
     source = generation_source(config, hub_options)
     return install_generation(source) if source.is_dir() else None
 
 
 def generation_source(config: Eagle3MLAConfig, hub_options: dict) -> Path:
     """Where remote code finds `generation/`: in the model's directory, or in its repository at this code's commit."""
-    repo_id, is_hub, _ = config.auto_map["AutoModel"].partition("--") if hasattr(config, "auto_map") else ("", "", "")
-    if not is_hub:
+    if os.path.isdir(config.name_or_path):
         return Path(config.name_or_path) / "generation"
+    # `auto_map` reads "repository--module.Class" where the code lives in another repository than the weights.
+    code_repo, is_elsewhere, _ = getattr(config, "auto_map", AUTO_MAP)["AutoModel"].partition("--")
+    repo_id = code_repo if is_elsewhere else config.name_or_path
     commit = __name__.split(".")[-2]
     snapshot = snapshot_download(repo_id, revision=commit, allow_patterns=["generation/*.py"], **hub_options)
     return Path(snapshot) / "generation"
