@@ -389,3 +389,21 @@ def test_draft_of_another_target_is_refused_before_any_forward(llama):
     config = Eagle3MLAConfig.from_target(llama.config, target_hidden_size=24)
     with pytest.raises(ValueError, match="made for another target"):
         llama.generate(**make_prompt(4), max_new_tokens=5, assistant_model=Eagle3MLADraftModel(config))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("device_of_prompt", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", [name for name in SETTINGS if name != "sample-guidance"])
+def test_text_on_a_gpu_is_that_of_plain_generation(name, device_of_prompt):
+    """Plain sampling draws on the prompt's device; guidance is left out, it needs the prompt on the target's."""
+    torch.manual_seed(0)
+    target = TARGETS["llama"]().eval().cuda()
+    for seed, (num_tokens, num_padding) in enumerate([(9, 0), (6, 3)]):
+        draft = make_draft(target).cuda()
+        prompt = {key: tensor.to(device_of_prompt) for key, tensor in make_prompt(num_tokens, num_padding).items()}
+        texts, states = [], []
+        for assistance in {}, {"assistant_model": draft}:
+            texts.append(run(target, prompt, seed, **SETTINGS[name], **assistance)[0].sequences.tolist())
+            states.append((torch.get_rng_state().tolist(), torch.cuda.get_rng_state().tolist()))
+        assert texts[0] == texts[1]
+        assert states[0] == states[1]
