@@ -1,0 +1,252 @@
+"""Plain and assisted generation on the same prompts, counted in the same way.
+
+Both are calls of the target's own `generate()` that differ in `assistant_model` only. Tokens are emitted tokens, never
+drafted ones; the prefill is part of both times; a first call of each kind is left out as warm-up. With one seed for
+both calls the texts must be equal token for token, whether greedy or sampled.
+
+Shapes: T prompt tokens, D draft hidden size, Dt target hidden size.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from .prompts import Prompt
+
+WARM_UP_TOKENS = 8
+CACHE_PROBE_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How every text is generated.
+
+    Args:
+        max_new_tokens (`int`): Bound of each text.
+        do_sample (`bool`): Sampling instead of the most likely token.
+        temperature (`float`): Used when sampling.
+        seeds (`tuple[int, ...]`): Each prompt is sampled once per seed; a greedy evaluation needs one.
+    """
+
+    max_new_tokens: int = 128
+    do_sample: bool = False
+    temperature: float = 1.0
+    seeds: tuple[int, ...] = (0,)
+
+    def generate_arguments(self) -> dict[str, Any]:
+        sampling = {"do_sample": True, "temperature": self.temperature} if self.do_sample else {"do_sample": False}
+        return {"max_new_tokens": self.max_new_tokens, **sampling}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One call of `generate()`: the emitted tokens without the prompt, and its duration."""
+
+    token_ids: list[int]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where assisted text leaves plain text.
+
+    Args:
+        prompt (`str`): Name of the prompt.
+        seed (`int`): Seed of both calls.
+        position (`int`): Index among the new tokens.
+        plain_token (`int`, *optional*): `None` where the plain text had ended.
+        assisted_token (`int`, *optional*): `None` where the assisted text had ended.
+        logit_gap (`float`, *optional*): Target's logit of the plain token minus that of the assisted one, recomputed
+            on the common prefix; rounding shows as a gap near 0. `None` where a text had ended.
+    """
+
+    prompt: str
+    seed: int
+    position: int
+    plain_token: int | None
+    assisted_token: int | None
+    logit_gap: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Both texts for one prompt and seed, with the draft's statistics of the assisted call."""
+
+    prompt: str
+    seed: int
+    plain: Run
+    assisted: Run
+    stats: Any
+    divergence: Divergence | None
+
+
+def generate_timed(
+    target: PreTrainedModel, input_ids: Tensor, decoding: Decoding, seed: int, draft: PreTrainedModel | None = None
+) -> Run:
+    """One text from `target`, assisted where there is a `draft`.
+
+    Args:
+        input_ids (`torch.Tensor` of shape `(1, T)`): The prompt.
+
+    Effects:
+        Seeds torch's global generator with `seed`.
+    """
+    torch.manual_seed(seed)
+    wait_for_device(target.device)
+    start = time.perf_counter()
+    output = target.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        assistant_model=draft,
+        **decoding.generate_arguments(),
+    )
+    token_ids = output[0, input_ids.shape[1] :].tolist()
+    wait_for_device(target.device)
+    return Run(token_ids, time.perf_counter() - start)
+
+
+def wait_for_device(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def find_divergence(plain_ids: list[int], assisted_ids: list[int]) -> int | None:
+    """The first index at which the two texts differ, in length too; `None` if they are equal."""
+    pairs = zip_longest(plain_ids, assisted_ids)
+    return next((position for position, (plain, assisted) in enumerate(pairs) if plain != assisted), None)
+
+
+@torch.no_grad()
+def logit_gap(target: PreTrainedModel, prefix_ids: Tensor, plain_token: int, assisted_token: int) -> float:
+    """How much the target prefers `plain_token` to `assisted_token` after `prefix_ids (1, T)`."""
+    logits = target(prefix_ids).logits[0, -1].float()
+    return (logits[plain_token] - logits[assisted_token]).item()
+
+
+def describe_divergence(
+    target: PreTrainedModel, prompt: Prompt, seed: int, plain_ids: list[int], assisted_ids: list[int]
+) -> Divergence | None:
+    position = find_divergence(plain_ids, assisted_ids)
+    if position is None:
+        return None
+    tokens = [ids[position] if position < len(ids) else None for ids in (plain_ids, assisted_ids)]
+    gap = None
+    if None not in tokens:
+        prefix = torch.cat([prompt.input_ids, prompt.input_ids.new_tensor([plain_ids[:position]])], dim=1)
+        gap = logit_gap(target, prefix.to(target.device), *tokens)
+    return Divergence(prompt.name, seed, position, *tokens, gap)
+
+
+def warm_up(target: PreTrainedModel, draft: PreTrainedModel, prompt: Prompt, decoding: Decoding) -> None:
+    """One short call of each kind, for what only the first call pays (kernel choice, compilation)."""
+    short = Decoding(WARM_UP_TOKENS, decoding.do_sample, decoding.temperature)
+    for assistant in (None, draft):
+        generate_timed(target, prompt.input_ids.to(target.device), short, seed=0, draft=assistant)
+
+
+def compare(target: PreTrainedModel, draft: PreTrainedModel, prompt: Prompt, decoding: Decoding, seed: int):
+    """Generates one prompt plainly and assisted.
+
+    Returns:
+        `Comparison`
+    """
+    input_ids = prompt.input_ids.to(target.device)
+    plain = generate_timed(target, input_ids, decoding, seed)
+    assisted = generate_timed(target, input_ids, decoding, seed, draft=draft)
+    divergence = describe_divergence(target, prompt, seed, plain.token_ids, assisted.token_ids)
+    return Comparison(prompt.name, seed, plain, assisted, draft.speculation_stats, divergence)
+
+
+def compare_all(
+    target: PreTrainedModel, draft: PreTrainedModel, prompts: list[Prompt], decoding: Decoding
+) -> Iterator[Comparison]:
+    """Yields a comparison for each prompt and seed, after the warm-up; greedy decoding needs one seed."""
+    seeds = decoding.seeds if decoding.do_sample else decoding.seeds[:1]
+    warm_up(target, draft, prompts[0], decoding)
+    for prompt in prompts:
+        for seed in seeds:
+            yield compare(target, draft, prompt, decoding, seed)
+
+
+def summarise(comparisons: list[Comparison]) -> dict[str, Any]:
+    """Pools all comparisons: every round, token and second counts once.
+
+    Args:
+        comparisons (`list[Comparison]`): At least one.
+
+    Returns:
+        `dict`: The measured part of `results.json`; `report.py` documents its keys.
+    """
+    stats = [comparison.stats for comparison in comparisons]
+    divergences = [comparison.divergence for comparison in comparisons if comparison.divergence is not None]
+    plain_rate = tokens_per_second([comparison.plain for comparison in comparisons])
+    assisted_rate = tokens_per_second([comparison.assisted for comparison in comparisons])
+    round_lengths = [length for one in stats for length in one.acceptance_lengths]
+    drafted = sum_by_depth([one.drafted_by_depth for one in stats])
+    accepted = sum_by_depth([one.accepted_by_depth for one in stats])
+    num_tokens = sum(len(comparison.assisted.token_ids) for comparison in comparisons)
+    return {
+        "acceptance_length": sum(round_lengths) / max(len(round_lengths), 1),
+        "acceptance_by_depth": [hits / reached for hits, reached in zip(accepted, drafted, strict=True) if reached],
+        "drafted_by_depth": drafted,
+        "accepted_by_depth": accepted,
+        "target_calls_per_token": sum(one.target_calls for one in stats) / max(num_tokens, 1),
+        "plain_tokens_per_second": plain_rate,
+        "assisted_tokens_per_second": assisted_rate,
+        "speedup": assisted_rate / plain_rate,
+        "lossless": not divergences,
+        "num_divergent": len(divergences),
+        "first_divergence": vars(divergences[0]) if divergences else None,
+        "num_prompts": len({comparison.prompt for comparison in comparisons}),
+        "num_texts": len(comparisons),
+        "num_rounds": len(round_lengths),
+        "num_tokens": num_tokens,
+    }
+
+
+def tokens_per_second(runs: list[Run]) -> float:
+    return sum(len(run.token_ids) for run in runs) / sum(run.seconds for run in runs)
+
+
+def sum_by_depth(counts: list[list[int]]) -> list[int]:
+    """Column sums of rows that may differ in length."""
+    return [sum(column) for column in zip_longest(*counts, fillvalue=0)]
+
+
+@torch.no_grad()
+def cache_bytes_per_token(draft: PreTrainedModel) -> float:
+    """Bytes that the draft's cache holds per position, counted on the tensors of a short forward.
+
+    Args:
+        draft ([`~transformers.PreTrainedModel`]): Any draft head.
+    """
+    config, like = draft.config, {"device": draft.device, "dtype": draft.dtype}
+    cache = DynamicCache()
+    draft(
+        inputs_embeds=torch.zeros(1, CACHE_PROBE_TOKENS, config.hidden_size, **like),                   # (1, T, D)
+        aux_hidden_states=torch.zeros(1, CACHE_PROBE_TOKENS, 3 * config.target_hidden_size, **like),    # (1, T, 3Dt)
+        position_ids=torch.arange(CACHE_PROBE_TOKENS, device=draft.device)[None],
+        past_key_values=cache,
+    )
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / CACHE_PROBE_TOKENS
+
+
+def standard_head_like(draft: PreTrainedModel) -> PreTrainedModel:
+    """A random draft of the same shape with the standard EAGLE-3 attention, which caches keys and values.
+
+    Its `lm_head` has one row: the cache does not depend on it, and the target's would be the largest weight.
+    """
+    fields = draft.config.to_dict() | {
+        "attention_type": "gqa",
+        "mla_rope_dim": 0,
+        "mla_q_lora_rank": None,
+        "draft_vocab_size": 1,
+    }
+    return type(draft)(type(draft.config)(**fields)).to(draft.device, draft.dtype)

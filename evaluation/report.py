@@ -1,0 +1,157 @@
+"""What an evaluation leaves behind: a table on the screen, and three files.
+
+| file | content |
+|---|---|
+| `results.json` | every number, and the settings that it depends on |
+| `report.md` | one row in the form of the README's table, acceptance by depth, the cache, the command |
+| `provenance.json` | command line, commit, versions, hardware |
+
+Keys of `results.json`: `acceptance_length` (tokens committed per round, bonus token included), `acceptance_by_depth`
+(of the drafted tokens of a depth whose parent was accepted, the share that was accepted; counts in `drafted_by_depth`
+and `accepted_by_depth`), `target_calls_per_token`, `plain_tokens_per_second`, `assisted_tokens_per_second`, `speedup`
+(their ratio), `lossless` (every text equal to the plain one), `num_divergent` and `first_divergence`, `num_prompts`,
+`num_texts`, `num_rounds`, `num_tokens`, `draft_cache_bytes_per_token`, `standard_cache_bytes_per_token` (of a standard
+head of the same shape), `settings`.
+"""
+
+import json
+import os
+import platform
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..training.release import code_commit
+
+PACKAGES = ("eagle3-mla", "torch", "transformers")
+
+
+def provenance(argv: list[str], device: torch.device) -> dict[str, Any]:
+    """Command line, commit, versions and hardware of an evaluation on `device`."""
+    return {
+        "argv": argv,
+        "command": shlex.join(["python", *argv]),
+        "commit": code_commit(),
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "hardware": hardware(device),
+    }
+
+
+def hardware(device: torch.device) -> str:
+    """The GPU, or the processor and the threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{processor_name()}, torch threads: {torch.get_num_threads()}"
+
+
+def processor_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def write_report(output_dir: Path, results: dict[str, Any], origin: dict[str, Any]) -> None:
+    """Writes the three files, each complete or not at all.
+
+    Args:
+        output_dir (`Path`): An existing folder.
+        results (`dict`): From `summarise`, with cache sizes and settings.
+        origin (`dict`): From `provenance`.
+    """
+    write_atomically(output_dir / "provenance.json", json.dumps(origin, indent=2) + "\n")
+    write_atomically(output_dir / "report.md", markdown(results, origin))
+    write_atomically(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def markdown(results: dict[str, Any], origin: dict[str, Any]) -> str:
+    """The report: a row as in the README's table, then what stands behind it."""
+    settings, versions = results["settings"], origin["versions"]
+    columns = {
+        "target": settings["target_model_path"],
+        "draft": settings["draft_checkpoint"],
+        "dataset": settings["dataset"],
+        "temperature": settings["temperature"] if settings["do_sample"] else 0,
+        "draft tokens": settings["num_assistant_tokens"],
+        "acceptance length": f"{results['acceptance_length']:.2f}",
+        "tokens/s, plain": f"{results['plain_tokens_per_second']:.1f}",
+        "tokens/s, assisted": f"{results['assisted_tokens_per_second']:.1f}",
+        "hardware": origin["hardware"],
+        "torch": versions["torch"],
+        "transformers": versions["transformers"],
+        "commit": (origin["commit"] or "unknown")[:12],
+    }
+    by_depth = {depth: f"{share:.3f}" for depth, share in enumerate(results["acceptance_by_depth"], start=1)}
+    return "\n\n".join(
+        [
+            "# Evaluation",
+            markdown_table(columns),
+            verdict(results),
+            "## Acceptance by depth",
+            markdown_table({"depth": "accepted"} | by_depth),
+            "## Everything measured",
+            "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table_rows(results))]),
+            "## Command",
+            f"```\n{origin['command']}\n```\n",
+        ]
+    )
+
+
+def markdown_table(columns: dict[Any, Any]) -> str:
+    """A table of one row."""
+    rows = [columns.keys(), ("---" for _ in columns), columns.values()]
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def verdict(results: dict[str, Any]) -> str:
+    """One sentence: are the assisted texts the target's own?"""
+    num_texts, divergence = results["num_texts"], results["first_divergence"]
+    if results["lossless"]:
+        return f"Lossless: all {num_texts} assisted texts equal the plain ones token for token."
+    gap = "a text had ended" if divergence["logit_gap"] is None else f"logit gap {divergence['logit_gap']:.3g}"
+    return (
+        f"Not lossless: {results['num_divergent']} of {num_texts} texts differ, the first on prompt "
+        f"{divergence['prompt']} (seed {divergence['seed']}) at new token {divergence['position']}: plain "
+        f"{divergence['plain_token']}, assisted {divergence['assisted_token']}, {gap}."
+    )
+
+
+def table_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
+    """Name and value of each line of the printed table."""
+    draft_bytes, standard_bytes = results["draft_cache_bytes_per_token"], results["standard_cache_bytes_per_token"]
+    return [
+        ("acceptance length", f"{results['acceptance_length']:.2f}"),
+        ("acceptance by depth", " ".join(f"{share:.2f}" for share in results["acceptance_by_depth"])),
+        ("target calls per token", f"{results['target_calls_per_token']:.3f}"),
+        ("tokens per second, plain", f"{results['plain_tokens_per_second']:.1f}"),
+        ("tokens per second, assisted", f"{results['assisted_tokens_per_second']:.1f}"),
+        ("speedup", f"{results['speedup']:.2f}x"),
+        ("lossless", "yes" if results["lossless"] else "no"),
+        ("prompts, texts, tokens", f"{results['num_prompts']}, {results['num_texts']}, {results['num_tokens']}"),
+        ("draft cache, bytes per token", f"{draft_bytes:g}"),
+        ("standard head's cache, bytes per token", f"{standard_bytes:g} ({standard_bytes / draft_bytes:.1f}x)"),
+    ]
+
+
+def print_report(console: Console, results: dict[str, Any]) -> None:
+    settings = results["settings"]
+    title = f"{settings['draft_checkpoint']} for {settings['target_model_path']}"
+    console.print(title, highlight=False, soft_wrap=True)
+    table = Table()
+    table.add_column("measured")
+    table.add_column("value", justify="right")
+    for row in table_rows(results):
+        table.add_row(*row)
+    console.print(table)
+    console.print(verdict(results), style="green" if results["lossless"] else "red", highlight=False)

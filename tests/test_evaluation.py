@@ -1,0 +1,229 @@
+"""Counting, the comparison of texts, and what the evaluation writes."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY_VOCAB_SIZE
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from eagle3_mla import Eagle3MLAConfig, Eagle3MLADraftModel
+from eagle3_mla.evaluation import cli
+from eagle3_mla.evaluation.measure import (
+    Comparison,
+    Decoding,
+    Run,
+    cache_bytes_per_token,
+    compare,
+    compare_all,
+    find_divergence,
+    standard_head_like,
+    summarise,
+)
+from eagle3_mla.evaluation.prompts import Prompt, choose_evenly, messages_before_last_answer, render_prompts
+from eagle3_mla.evaluation.streaming import ColouringStreamer
+
+LETTERS = " \nabcdefghijklmnopqrstuvwxyz?"
+PROMPT = Prompt("first", torch.tensor([[5, 9, 3, 17]]))
+GREEDY = Decoding(max_new_tokens=12)
+SAMPLING = Decoding(max_new_tokens=12, do_sample=True, temperature=0.7, seeds=(1, 2))
+QUESTION = {"role": "user", "content": "who"}
+ANSWER = {"role": "assistant", "content": "me"}
+
+
+class LyingDraft(Eagle3MLADraftModel):
+    """Returns the target's own text with new token 3 replaced by the next id."""
+
+    def assisted_decoding(self, target, input_ids, **settings):
+        self.speculation_stats = stats(lengths=[4], drafted=[1], accepted=[1], target_calls=2)
+        everything = torch.ones_like(input_ids)
+        text = target.generate(input_ids, attention_mask=everything, max_new_tokens=12, do_sample=False)
+        text[0, input_ids.shape[1] + 3] += 1
+        return text
+
+
+@pytest.fixture
+def tiny_draft(tiny_target) -> Eagle3MLADraftModel:
+    return Eagle3MLADraftModel(Eagle3MLAConfig.from_target(tiny_target.config)).eval()
+
+
+@pytest.fixture
+def lying_draft(tiny_target) -> LyingDraft:
+    return LyingDraft(Eagle3MLAConfig.from_target(tiny_target.config)).eval()
+
+
+@pytest.fixture
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per letter."""
+    vocabulary = {letter: index for index, letter in enumerate(LETTERS)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    template = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", chat_template=template)
+
+
+@pytest.fixture
+def checkpoints(tmp_path, tiny_target, tiny_draft, tiny_tokenizer):
+    """Folders of a target and of a draft that fits it."""
+    target_path, draft_path = tmp_path / "target", tmp_path / "draft"
+    tiny_target.save_pretrained(target_path)
+    tiny_tokenizer.save_pretrained(target_path)
+    tiny_draft.save_pretrained(draft_path)
+    return SimpleNamespace(target=target_path, draft=draft_path, output=tmp_path / "eval")
+
+
+def stats(lengths, drafted, accepted, target_calls):
+    return SimpleNamespace(
+        acceptance_lengths=lengths, drafted_by_depth=drafted, accepted_by_depth=accepted, target_calls=target_calls
+    )
+
+
+def comparison(num_tokens: int, plain_seconds: float, assisted_seconds: float, one: SimpleNamespace) -> Comparison:
+    token_ids = list(range(num_tokens))
+    return Comparison("p", 0, Run(token_ids, plain_seconds), Run(token_ids, assisted_seconds), one, divergence=None)
+
+
+def arguments(checkpoints, *extra: str) -> list[str]:
+    paths = ["--draft-checkpoint", checkpoints.draft, "--target-model-path", checkpoints.target]
+    return [*map(str, paths), "--output-dir", str(checkpoints.output), "--max-new-tokens", "8", *extra]
+
+
+@pytest.mark.parametrize(
+    ("plain", "assisted", "position"),
+    [([1, 2], [1, 2], None), ([1, 2], [1, 3], 1), ([1], [1, 2], 1), ([1, 2], [], 0), ([], [], None)],
+)
+def test_texts_differ_where_a_token_or_the_length_does(plain, assisted, position):
+    assert find_divergence(plain, assisted) == position
+
+
+def test_every_round_and_token_counts_once():
+    """A mean of means would weigh the short text as much as the long one."""
+    long = comparison(9, 4.0, 1.0, stats([4, 4], [2, 2, 2], [2, 2, 2], target_calls=3))
+    short = comparison(2, 1.5, 1.0, stats([1], [1], [0], target_calls=2))
+    results = summarise([long, short])
+    assert results["acceptance_length"] == 3.0
+    assert results["acceptance_by_depth"] == [2 / 3, 1.0, 1.0]
+    assert results["target_calls_per_token"] == 5 / 11
+    assert (results["plain_tokens_per_second"], results["assisted_tokens_per_second"]) == (2.0, 5.5)
+    assert results["speedup"] == 2.75
+    assert (results["num_texts"], results["num_tokens"], results["num_rounds"]) == (2, 11, 3)
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, SAMPLING], ids=["greedy", "sampling"])
+def test_assisted_text_equals_plain_text(tiny_target, tiny_draft, decoding):
+    comparisons = list(compare_all(tiny_target, tiny_draft, [PROMPT], decoding))
+    results = summarise(comparisons)
+    assert [one.seed for one in comparisons] == list(decoding.seeds)
+    assert results["lossless"]
+    assert results["num_tokens"] == 12 * len(comparisons)
+
+
+def test_tokens_are_those_of_the_prefill_and_of_the_rounds(tiny_target, tiny_draft):
+    for one in compare_all(tiny_target, tiny_draft, [PROMPT], SAMPLING):
+        assert len(one.assisted.token_ids) == 1 + sum(one.stats.acceptance_lengths)
+        assert one.stats.target_calls == 1 + len(one.stats.acceptance_lengths)
+
+
+def test_a_planted_divergence_is_found_with_its_position_and_gap(tiny_target, lying_draft):
+    found = compare(tiny_target, lying_draft, PROMPT, GREEDY, seed=0)
+    divergence = found.divergence
+    assert (divergence.prompt, divergence.seed, divergence.position) == ("first", 0, 3)
+    assert divergence.assisted_token == divergence.plain_token + 1
+    assert divergence.logit_gap > 0
+    assert not summarise([found])["lossless"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rope_dim", [0, 4])
+def test_cache_bytes_are_read_off_the_cache(tiny_target, dtype, rope_dim):
+    config = Eagle3MLAConfig.from_target(tiny_target.config, mla_latent_dim=4, mla_rope_dim=rope_dim)
+    draft = Eagle3MLADraftModel(config).to(dtype)
+    assert cache_bytes_per_token(draft) == (4 + rope_dim) * dtype.itemsize
+    assert cache_bytes_per_token(standard_head_like(draft)) == 2 * 2 * 8 * dtype.itemsize
+
+
+def test_a_prompt_ends_before_the_last_answer():
+    assert messages_before_last_answer([QUESTION, ANSWER, QUESTION, ANSWER]) == [QUESTION, ANSWER, QUESTION]
+    assert messages_before_last_answer([QUESTION]) == [QUESTION]
+
+
+def test_samples_are_spread_over_the_dataset():
+    assert choose_evenly(list(range(100)), 4) == [0, 25, 50, 75]
+    assert choose_evenly([1, 2], 10) == [1, 2]
+
+
+def test_prompts_without_room_are_left_out_aloud(tiny_tokenizer, caplog):
+    rows = [{"messages": [{"role": "user", "content": "a" * length}, ANSWER]} for length in (3, 30)]
+    prompts = render_prompts(rows, tiny_tokenizer, max_prompt_tokens=10)
+    assert [prompt.input_ids.shape[1] for prompt in prompts] == [4]
+    assert "1 prompts of more than 10 tokens are left out" in caplog.text
+    with pytest.raises(ValueError, match="1 to 2 tokens"):
+        render_prompts(rows, tiny_tokenizer, max_prompt_tokens=2)
+
+
+def test_streamer_colours_all_tokens_of_a_round_but_the_last(tiny_tokenizer):
+    draft = SimpleNamespace(speculation_stats=SimpleNamespace(new_tokens=1, target_calls=1, acceptance_length=0.0))
+    streamer = ColouringStreamer(tiny_tokenizer, draft)
+    streamer.put(torch.tensor([[4, 5]]))
+    for round_ids in ([2], [3, 4, 5], [6]):
+        draft.speculation_stats.new_tokens = len(streamer.token_ids) + len(round_ids)
+        for token_id in round_ids:
+            streamer.put(torch.tensor([token_id]))
+    coloured = [streamer.text.plain[span.start : span.end].strip() for span in streamer.text.spans]
+    assert streamer.token_ids == [2, 3, 4, 5, 6]
+    assert coloured == ["b", "c"]
+
+
+def test_command_writes_results_report_and_provenance(checkpoints):
+    assert cli.main(arguments(checkpoints, "--attention-backend", "eager_mla", "--num-samples", "2")) == 0
+    results = json.loads((checkpoints.output / "results.json").read_text())
+    assert results["lossless"]
+    assert results["num_prompts"] == 2
+    assert (results["draft_cache_bytes_per_token"], results["standard_cache_bytes_per_token"]) == (16, 128)
+    assert {"acceptance_length", "acceptance_by_depth", "target_calls_per_token", "speedup"} <= results.keys()
+    assert "Lossless: all 2" in (checkpoints.output / "report.md").read_text()
+    origin = json.loads((checkpoints.output / "provenance.json").read_text())
+    assert {"argv", "commit", "versions", "hardware"} <= origin.keys()
+
+
+def test_prompts_come_from_the_dataset(checkpoints, tmp_path):
+    dataset = tmp_path / "conversations.jsonl"
+    dataset.write_text("".join(json.dumps({"id": f"row{n}", "messages": [QUESTION, ANSWER]}) + "\n" for n in range(3)))
+    assert cli.main(arguments(checkpoints, "--dataset", str(dataset), "--num-samples", "2", "--do-sample")) == 0
+    results = json.loads((checkpoints.output / "results.json").read_text())
+    assert (results["num_prompts"], results["settings"]["seeds"]) == (2, [0])
+
+
+def test_a_divergence_makes_the_command_fail(checkpoints, tiny_target, lying_draft, tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(cli, "load_models", lambda _: (tiny_target, lying_draft, tiny_tokenizer))
+    assert cli.main(arguments(checkpoints, "--num-samples", "1")) == 1
+    first = json.loads((checkpoints.output / "results.json").read_text())["first_divergence"]
+    assert (first["prompt"], first["position"]) == ("built-in-1", 3)
+    assert "Not lossless: 1 of 1 texts differ" in (checkpoints.output / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--draft-checkpoint", "./missing"], "`--draft-checkpoint` must be an existing folder"),
+        (["--target-model-path", "./missing"], "`--target-model-path` must be an existing folder"),
+        (["--attention-backend", "flex_attention"], '`attention_type="gqa"`'),
+        (["--dataset", "./missing.jsonl"], "does not exist"),
+        (["--max-new-tokens", "256"], "`--max-new-tokens` must be below 256"),
+    ],
+    ids=["draft", "target", "backend", "dataset", "length"],
+)
+def test_wrong_input_is_one_message_and_leaves_nothing(checkpoints, caplog, extra, message):
+    assert cli.main(arguments(checkpoints, *extra)) == 2
+    assert len(caplog.records) == 1
+    assert message in caplog.text
+    assert not checkpoints.output.exists()
+
+
+def test_a_draft_of_another_target_is_refused(checkpoints, tiny_target, caplog):
+    other = Eagle3MLAConfig.from_target(tiny_target.config, vocab_size=TINY_VOCAB_SIZE + 1)
+    Eagle3MLADraftModel(other).save_pretrained(checkpoints.draft)
+    assert cli.main(arguments(checkpoints)) == 2
+    assert "vocab_size" in caplog.text
