@@ -1,0 +1,6 @@
+"""Trains an EAGLE-3 draft head: see `training/cli.py`."""
+
+from eagle3_mla.training.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,306 @@
+"""Training end to end on a tiny target: the global batch, checkpoints, resuming, the result, wrong requests."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from reference_ttt import CONVERSATIONS, save_tiny_target, tiny_config, tiny_target, write_conversations
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, TrainerCallback
+
+from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
+from eagle3_mla.training import cli, trainer
+from eagle3_mla.training.arguments import Eagle3TrainingArguments
+from eagle3_mla.training.data import LengthGroupedSampler, PaddingCollator, load_conversations, tokenize_conversations
+from eagle3_mla.training.trainer import Eagle3Trainer, find_checkpoint
+from eagle3_mla.training.ttt import TTTDraftModel
+
+NUM_TTT_STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def target_path(tmp_path_factory) -> Path:
+    return save_tiny_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture
+def dataset_path(tmp_path) -> Path:
+    return write_conversations(tmp_path / "train.jsonl", CONVERSATIONS)
+
+
+@pytest.fixture(autouse=True)
+def own_dataset_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
+
+
+@pytest.fixture
+def command(target_path, dataset_path, tmp_path):
+    """Flags of the smallest run: 5 conversations, 2 a step, 3 steps an epoch, 8 steps."""
+    return {
+        "--model-path": str(target_path),
+        "--dataset": str(dataset_path),
+        "--output-dir": str(tmp_path / "out"),
+        "--attention-backend": "sdpa_mla",
+        "--num-ttt-steps": "3",
+        "--per-device-train-batch-size": "2",
+        "--max-steps": "8",
+        "--save-steps": "2",
+        "--logging-steps": "2",
+        "--use-cpu": "True",
+        "--disable-tqdm": "True",
+    }
+
+
+def run(flags: dict[str, str], *more: str) -> None:
+    cli.main([part for flag in flags.items() for part in flag] + list(more))
+
+
+def error_of(flags: dict[str, str], capsys, *more: str) -> str:
+    with pytest.raises(SystemExit) as exit_info:
+        run(flags, *more)
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err
+
+
+def make_trainer(rows, target, output_dir: Path, **overrides) -> Eagle3Trainer:
+    torch.manual_seed(0)
+    config = tiny_config(vocab_size=target.config.vocab_size, draft_vocab_size=100)
+    arguments = {"learning_rate": 1e-3, "num_ttt_steps": NUM_TTT_STEPS, "use_cpu": True, "disable_tqdm": True}
+    args = Eagle3TrainingArguments(output_dir=str(output_dir), save_strategy="no", **arguments | overrides)
+    return Eagle3Trainer(
+        TTTDraftModel(config).double(), target, args, train_dataset=rows, data_collator=PaddingCollator(0)
+    )
+
+
+class InterruptAfter(TrainerCallback):
+    """What a kill looks like from inside: training stops between two steps and nothing is cleaned up."""
+
+    def __init__(self, num_steps: int):
+        self.num_steps = num_steps
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.num_steps:
+            raise KeyboardInterrupt
+
+
+def optimizer_tensors(checkpoint: Path) -> list[torch.Tensor]:
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    return [tensor for entry in state.values() for tensor in entry.values()]
+
+
+def test_accumulated_micro_batches_have_the_gradient_of_one_batch(target_path, dataset_path, tmp_path):
+    """Each micro-batch must be divided by the rows of all of them, at each TTT step, not by its own."""
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    rows = tokenize_conversations(load_conversations(str(dataset_path)), tokenizer, 64)
+    target = tiny_target(vocab_size=len(tokenizer)).double()
+    gradients = []
+    for batch_size, accumulation in ((4, 1), (2, 2), (1, 4)):
+        run_trainer = make_trainer(
+            rows,
+            target,
+            tmp_path,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=1,
+            max_grad_norm=0.0,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            learning_rate=1.0,
+        )
+        before = {name: weight.detach().clone() for name, weight in run_trainer.draft.named_parameters()}
+        run_trainer.train()
+        gradients.append({name: weight - before[name] for name, weight in run_trainer.draft.named_parameters()})
+    for other in gradients[1:]:
+        torch.testing.assert_close(gradients[0], other, atol=1e-10, rtol=1e-7)
+    assert all(gradient.abs().max() > 0 for gradient in gradients[0].values())
+
+
+@pytest.mark.parametrize("num_steps", [3, 5, 7])
+def test_an_interrupted_and_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
+    num_steps, command, tmp_path, monkeypatch
+):
+    """Interrupted after 3, 5 and 7 of 8 steps, 3 to an epoch: resumed at 2, 4 and 6, within and between epochs."""
+    run(command)
+    resumed = command | {"--output-dir": str(tmp_path / "resumed")}
+    train = Eagle3Trainer.train
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Eagle3Trainer,
+            "train",
+            lambda self, **kwargs: (self.add_callback(InterruptAfter(num_steps)), train(self, **kwargs)),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run(resumed)
+    run(resumed, "--resume-from-checkpoint")
+    whole, joined = (tmp_path / name / "checkpoint" for name in ("out", "resumed"))
+    assert joined.resolve().name == "checkpoint-8"
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        assert torch.equal(tensor, load_file(joined / "model.safetensors")[name]), name
+    for tensor, expected in zip(optimizer_tensors(joined), optimizer_tensors(whole), strict=True):
+        assert torch.equal(tensor, expected)
+
+
+def test_a_kill_while_saving_leaves_the_checkpoint_before_it(command, tmp_path, monkeypatch):
+    save_state = Eagle3Trainer._save_rng_state
+
+    def die_at_step_4(self, output_dir):
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+        save_state(self, output_dir)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Eagle3Trainer, "_save_rng_state", die_at_step_4)
+        with pytest.raises(KeyboardInterrupt):
+            run(command)
+    output_dir = tmp_path / "out"
+    assert find_checkpoint("True", str(output_dir)) == str((output_dir / "checkpoint-2").resolve())
+    assert [path.name for path in output_dir.glob("checkpoint-*")] == ["checkpoint-2"]
+    run(command, "--resume-from-checkpoint")
+    assert not (output_dir / trainer.STAGING_DIRECTORY).exists()
+    assert (output_dir / "checkpoint").resolve().name == "checkpoint-8"
+
+
+def test_the_result_and_the_newest_checkpoint_load_as_drafts(command, tmp_path):
+    run(command, "--save-total-limit", "2")
+    output_dir = tmp_path / "out"
+    assert (output_dir / "checkpoint").is_symlink()
+    assert sorted(path.name for path in output_dir.glob("checkpoint-*")) == ["checkpoint-6", "checkpoint-8"]
+    result = Eagle3MLADraftModel.from_pretrained(output_dir)
+    newest = Eagle3MLADraftModel.from_pretrained(output_dir / "checkpoint")
+    for name, tensor in result.state_dict().items():
+        assert torch.equal(tensor, newest.state_dict()[name])
+    assert result.config.architectures == ["Eagle3MLADraftModel"]
+    assert (output_dir / "modeling_eagle3_mla.py").exists()
+    assert not any(path.name.startswith(".") for path in output_dir.iterdir())
+
+
+def test_the_result_says_where_it_comes_from(command, tmp_path, target_path):
+    run(command)
+    provenance = json.loads((tmp_path / "out" / "provenance.json").read_text())
+    assert provenance["target"] == str(target_path)
+    assert len(provenance["data_sha256"]) == 64
+    assert provenance["num_steps"] == 8
+    assert provenance["versions"].keys() >= {"torch", "transformers", "eagle3-mla"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\n")
+    assert "library_name: transformers" in card
+    assert "{" not in card.split("```")[0]
+    log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
+    assert {"loss", "accuracy_0", "accuracy_2", "simulated_acceptance_length"} <= log[0].keys()
+
+
+def test_training_learns_to_imitate_the_target(command, tmp_path):
+    run(command | {"--max-steps": "150", "--save-steps": "150", "--learning-rate": "0.02", "--logging-steps": "10"})
+    log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
+    lengths = [entry["simulated_acceptance_length"] for entry in log if "simulated_acceptance_length" in entry]
+    assert lengths[0] < 1.5
+    assert lengths[-1] > 2
+
+
+@pytest.mark.parametrize("backend", ["flex_attention_mla", "eager_mla", "flex_attention", "sdpa", "eager"])
+def test_every_backend_trains_the_attention_that_its_name_says(backend, command, tmp_path):
+    run(command | {"--attention-backend": backend, "--max-steps": "1", "--save-steps": "1"})
+    draft = Eagle3MLADraftModel.from_pretrained(tmp_path / "out")
+    assert draft.config.attention_type == ("mla" if backend.endswith("_mla") else "gqa")
+
+
+def test_metrics_are_those_of_the_rows_since_the_last_log(target_path, dataset_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    rows = tokenize_conversations(load_conversations(str(dataset_path)), tokenizer, 64)
+    target = tiny_target(vocab_size=len(tokenizer)).double()
+    run_trainer = make_trainer(
+        rows, target, tmp_path, learning_rate=0.0, max_steps=2, per_device_train_batch_size=5, logging_steps=1
+    )
+    run_trainer.train()
+    first, second = (entry for entry in run_trainer.state.log_history if "accuracy_0" in entry)
+    assert first["accuracy_0"] == second["accuracy_0"]
+    assert first["simulated_acceptance_length"] == second["simulated_acceptance_length"]
+
+
+def test_the_order_of_rows_depends_on_seed_and_epoch_alone():
+    lengths = torch.randint(3, 100, (103,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler, other = (LengthGroupedSampler(lengths, batch_size=4, seed=3) for _ in range(2))
+    first = list(sampler)
+    assert sorted(first) == list(range(103))
+    sampler.set_epoch(1)
+    other.set_epoch(1)
+    assert list(sampler) == list(other) != first
+    spans = [
+        max(batch) - min(batch) for batch in ([lengths[row] for row in first[i : i + 4]] for i in range(0, 100, 4))
+    ]
+    assert sum(spans) / len(spans) < 10
+
+
+WRONG_REQUESTS = {
+    "missing dataset": ({"--dataset": "./nowhere.jsonl"}, "nowhere.jsonl does not exist"),
+    "missing target": ({"--model-path": "./nowhere"}, "The target ./nowhere cannot be loaded"),
+    "draft vocabulary too large": (
+        {"--draft-vocab-size": "100000"},
+        "`draft_vocab_size` must be at most `vocab_size`",
+    ),
+    "odd rope dimension": ({"--mla-rope-dim": "3"}, "`mla_rope_dim` must be 0 or a positive even number"),
+    "rope dimension without mla": (
+        {"--attention-backend": "sdpa", "--mla-rope-dim": "4"},
+        'with "gqa" they must be 0',
+    ),
+    "no ttt step": ({"--num-ttt-steps": "0"}, "`--num-ttt-steps` must be at least 1"),
+    "unwritable directory": ({"--output-dir": "/dev/null/out"}, "is not writable"),
+    "nothing to resume": ({"--resume-from-checkpoint": "True"}, "is no complete checkpoint"),
+    "unknown backend": ({"--attention-backend": "paged"}, "invalid choice: 'paged'"),
+}
+
+
+@pytest.mark.parametrize("request_name", WRONG_REQUESTS)
+def test_a_wrong_request_is_one_message_and_leaves_nothing(request_name, command, tmp_path, capsys, monkeypatch):
+    """Before the target is loaded, and before the output directory exists."""
+    monkeypatch.setattr(cli, "load_target", lambda *args: pytest.fail("the target was loaded"))
+    flags, message = WRONG_REQUESTS[request_name]
+    error = error_of(command | flags, capsys)
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_resuming_with_another_draft_or_other_data_is_refused(command, tmp_path, capsys):
+    run(command | {"--max-steps": "2", "--draft-vocab-size": "100"})
+    resume = command | {"--resume-from-checkpoint": "True", "--draft-vocab-size": "100"}
+    assert "`mla_latent_dim` is 2 in" in error_of(resume | {"--mla-latent-dim": "6"}, capsys)
+    other = write_conversations(tmp_path / "other.jsonl", [[("user", "z"), ("assistant", "qqq zzz ### qqq !!!")]])
+    assert "another draft vocabulary" in error_of(resume | {"--dataset": str(other)}, capsys)
+
+
+def test_mixed_precision_trains_and_saves_float32_weights(command, tmp_path):
+    for backend in ("sdpa_mla", "eager_mla"):
+        run(command | {"--attention-backend": backend, "--bf16": "True", "--max-steps": "2"})
+        weights = load_file(tmp_path / "out" / "model.safetensors")
+        assert weights["lm_head.weight"].dtype == torch.float32
+        assert all(weight.isfinite().all() for weight in weights.values())
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_trains(command, tmp_path):
+    """The same global batch: the gradient average over processes must not divide the loss a second time."""
+    script = Path(__file__).parents[1] / "scripts" / "train_eagle3.py"
+    dataset = write_conversations(tmp_path / "four.jsonl", CONVERSATIONS[:4])
+    command |= {"--dataset": str(dataset), "--max-steps": "3", "--save-strategy": "no"}
+    for num_processes, name in ((1, "one"), (2, "two")):
+        flags = command | {
+            "--output-dir": str(tmp_path / name),
+            "--per-device-train-batch-size": str(4 // num_processes),
+        }
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_processes), script]
+        subprocess.run([*launch, *(part for flag in flags.items() for part in flag)], check=True)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_documented_command_runs_from_a_shell(command, tmp_path):
+    script = Path(__file__).parents[1] / "scripts" / "train_eagle3.py"
+    documented = {"--attention-backend": "flex_attention_mla", "--output-dir": "./outputs/eagle3-mla"}
+    flags = [part for flag in (command | documented).items() for part in flag]
+    subprocess.run([sys.executable, script, *flags], cwd=tmp_path, check=True)
+    assert (tmp_path / "outputs" / "eagle3-mla" / "checkpoint" / "model.safetensors").exists()
