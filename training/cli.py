@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from datasets import Dataset
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -41,16 +40,12 @@ USAGE = """train_eagle3.py --model-path TARGET --dataset DATASET --output-dir DI
 
 @dataclass(frozen=True)
 class Run:
-    """Everything that training needs, checked and loaded."""
+    """A checked request, everything loaded."""
 
     data: DataArguments
     settings: DraftArguments
-    args: Eagle3TrainingArguments
-    rows: Dataset
-    token_counts: torch.Tensor
-    target: PreTrainedModel
-    draft: TTTDraftModel
-    pad_token_id: int
+    trainer: Eagle3Trainer
+    num_supervised_tokens: int
     checkpoint: str | None
 
 
@@ -99,19 +94,14 @@ def prepare(data: DataArguments, settings: DraftArguments, args: Eagle3TrainingA
         check_same_vocabulary(draft, checkpoint)
     initialized = initialize_from_target(draft, target)
     logger.info("Taken from the target: %s.", ", ".join(initialized) or "nothing")
-    pad_token_id = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return Run(data, settings, args, rows, token_counts, target, draft, pad_token_id, checkpoint)
+    collator = PaddingCollator(tokenizer.pad_token_id or 0)
+    trainer = Eagle3Trainer(draft, target, args, train_dataset=rows, data_collator=collator)
+    return Run(data, settings, trainer, int(token_counts.sum()), checkpoint)
 
 
 def train(run: Run) -> None:
     """Trains, and writes the result to the output directory."""
-    trainer = Eagle3Trainer(
-        model=run.draft,
-        target=run.target,
-        args=run.args,
-        train_dataset=run.rows,
-        data_collator=PaddingCollator(run.pad_token_id),
-    )
+    trainer = run.trainer
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=run.checkpoint)
     seconds = time.perf_counter() - start
@@ -122,16 +112,17 @@ def train(run: Run) -> None:
         target=run.settings.model_path,
         dataset=run.data.dataset,
         dataset_split=run.data.dataset_split,
-        data_sha256=content_hash(run.rows),
-        num_rows=len(run.rows),
-        num_supervised_tokens=int(run.token_counts.sum()),
+        data_sha256=content_hash(trainer.train_dataset),
+        num_rows=len(trainer.train_dataset),
+        num_supervised_tokens=run.num_supervised_tokens,
         num_steps=trainer.state.global_step,
-        num_ttt_steps=run.args.num_ttt_steps,
+        num_ttt_steps=trainer.args.num_ttt_steps,
         seconds=seconds,
-        device=device_name(run.args.device),
+        device=device_name(trainer.args.device),
     )
-    write_release(run.draft, Path(run.args.output_dir), facts, trainer.state.log_history)
-    logger.info("The draft head is in %s.", run.args.output_dir)
+    output_dir = Path(trainer.args.output_dir)
+    write_release(trainer.draft, output_dir, facts, trainer.state.log_history)
+    logger.info("The draft head is in %s.", output_dir)
 
 
 def check_writable(output_dir: Path) -> None:
@@ -162,8 +153,8 @@ def draft_config(target_config: PreTrainedConfig, settings: DraftArguments) -> E
     """The draft's configuration: the target's shape with what the user asked for."""
     overrides = {"attention_type": settings.attention_type, "attn_implementation": settings.attn_implementation}
     vocab_size = target_config.get_text_config(decoder=True).vocab_size
-    overrides["draft_vocab_size"] = settings.draft_vocab_size or min(DEFAULT_DRAFT_VOCAB_SIZE, vocab_size)
-    for name in ("mla_latent_dim", "mla_rope_dim"):
+    overrides["draft_vocab_size"] = min(DEFAULT_DRAFT_VOCAB_SIZE, vocab_size)
+    for name in ("draft_vocab_size", "mla_latent_dim", "mla_rope_dim"):
         if getattr(settings, name) is not None:
             overrides[name] = getattr(settings, name)
     return Eagle3MLAConfig.from_target(target_config, **overrides)

@@ -53,7 +53,6 @@ class Teacher:
         check_logits_can_be_chunked(target)
         self.target = target
         self.draft = draft
-        self.draft_ids = draft.draft_to_target(torch.arange(len(draft.d2t), device=draft.d2t.device))
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -81,10 +80,11 @@ class Teacher:
 
     def _chunked_logits(self, states: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the draft vocabulary `(M, Vd)` and full top-1 `(M,)`, never more than `CHUNK_ROWS * V` at once."""
+        draft_ids = self.draft.draft_to_target(torch.arange(len(self.draft.d2t), device=self.draft.d2t.device))
         logits, tokens = [], []
         for chunk in states.split(CHUNK_ROWS):
             chunk_logits = target_logits(self.target, chunk)  # (CHUNK_ROWS, V)
-            logits.append(chunk_logits[:, self.draft_ids.to(chunk_logits.device)])
+            logits.append(chunk_logits[:, draft_ids.to(chunk_logits.device)])
             tokens.append(chunk_logits.argmax(dim=-1))
         return torch.cat(logits), torch.cat(tokens)
 

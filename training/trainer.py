@@ -45,11 +45,12 @@ class Eagle3Trainer(Trainer):
                 f"One process sees {args.n_gpu} GPUs. Start one process per GPU with `torchrun` or `accelerate "
                 "launch`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
+        # Before the Trainer, which makes the output directory.
+        self.teacher = Teacher(target, model)
         super().__init__(model=model, args=args, **kwargs)
         # `compute_loss` normalises by the global batch itself.
         self.model_accepts_loss_kwargs = True
         self.draft = model
-        self.teacher = Teacher(target, model)
         self.tallies = torch.zeros(3, args.num_ttt_steps, dtype=torch.long, device=args.device)
         self.run_directory = Path(args.output_dir)
         if self.callback_handler.pop_callback(ProgressCallback) is not None:
