@@ -82,7 +82,7 @@ class Eagle3MLARotaryEmbedding(nn.Module):
         """`position_ids (B, T)` -> cosines and sines, each `(B, T, width)`."""
         if self.inv_freq is None or self.inv_freq.device != position_ids.device:
             self.inv_freq, self.attention_scaling = self._frequencies(position_ids.device)
-        angles = position_ids[..., None].float() * self.inv_freq                              # (B, T, width / 2)
+        angles = position_ids[..., None].float() * self.inv_freq  # (B, T, width / 2)
         angles = torch.cat([angles, angles], dim=-1)
         return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
 
@@ -119,7 +119,7 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | No
     mask = causal_mask(query, key) if mask is None else mask
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling + mask                      # (B, H, Q, K)
+    scores = torch.matmul(query, key.transpose(-1, -2)) * scaling + mask  # (B, H, Q, K)
     probs = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     return torch.matmul(probs.to(value.dtype), value)
 
@@ -227,14 +227,14 @@ class LatentAttention(nn.Module):
         if self.config.mla_q_lora_rank is not None:
             query_input = self.q_a_layernorm(self.q_a_proj(attention_input))
         up_projection = self.q_proj if self.config.mla_q_lora_rank is None else self.q_b_proj
-        query = split_heads(up_projection(query_input), self.num_heads)                       # (B, H, T, d)
-        c_kv = self.W_dkv(attention_input)[:, None]                                           # (B, 1, T, C)
+        query = split_heads(up_projection(query_input), self.num_heads)  # (B, H, T, d)
+        c_kv = self.W_dkv(attention_input)[:, None]  # (B, 1, T, C)
         if self.config.mla_use_kv_norm:
             c_kv = self.kv_norm(c_kv)
         if self.rope_dim == 0:
             return rotate(query, cos_sin), (c_kv, c_kv[..., :0])
-        q_rope = rotate(split_heads(self.W_qr(query_input), self.num_heads), cos_sin)         # (B, H, T, R)
-        k_rope = rotate(self.W_kr(attention_input)[:, None], cos_sin)                         # (B, 1, T, R)
+        q_rope = rotate(split_heads(self.W_qr(query_input), self.num_heads), cos_sin)  # (B, H, T, R)
+        k_rope = rotate(self.W_kr(attention_input)[:, None], cos_sin)  # (B, 1, T, R)
         return torch.cat([query, q_rope], dim=-1), (c_kv, k_rope)
 
     def expand(self, memory: tuple[Tensor, Tensor], cos_sin: CosSin) -> tuple[Tensor, Tensor]:
@@ -281,15 +281,15 @@ class LatentAttention(nn.Module):
         """
         c_kv, k_rope = memory
         if self.rope_dim == 0:
-            key = self._keys(memory, key_cos_sin)                                             # (B, G, K, d)
+            key = self._keys(memory, key_cos_sin)  # (B, G, K, d)
         else:
             q_nope, q_rope = query.split([self.head_dim, self.rope_dim], dim=-1)
             w_uk = self.W_uk.weight.view(self.num_key_value_heads, self.head_dim, self.latent_dim)
             q_latent = torch.einsum("bgnqd,gdc->bgnqc", self._by_group(q_nope), w_uk)
-            query = torch.cat([q_latent.flatten(1, 2), q_rope], dim=-1)                       # (B, H, Q, C + R)
-            key = torch.cat([c_kv, k_rope], dim=-1)                                           # (B, 1, K, C + R)
+            query = torch.cat([q_latent.flatten(1, 2), q_rope], dim=-1)  # (B, H, Q, C + R)
+            key = torch.cat([c_kv, k_rope], dim=-1)  # (B, 1, K, C + R)
         value = c_kv.expand(-1, key.shape[1], -1, -1)
-        latents = self._kernel(query, key, value, mask, self.scaling)                         # (B, H, Q, C)
+        latents = self._kernel(query, key, value, mask, self.scaling)  # (B, H, Q, C)
         w_uv = self.W_uv.weight.view(self.num_key_value_heads, self.head_dim, self.latent_dim)
         return torch.einsum("bgnqc,gdc->bgnqd", self._by_group(latents), w_uv).flatten(1, 2)
 
@@ -303,7 +303,7 @@ class LatentAttention(nn.Module):
 
     def _keys(self, memory: tuple[Tensor, Tensor], cos_sin: CosSin) -> Tensor:
         c_kv, k_rope = memory
-        keys = split_heads(self.W_uk(c_kv[:, 0]), self.num_key_value_heads)                   # (B, G, K, d)
+        keys = split_heads(self.W_uk(c_kv[:, 0]), self.num_key_value_heads)  # (B, G, K, d)
         if self.rope_dim == 0:
             return rotate(keys, cos_sin)
         return torch.cat([keys, k_rope.expand(-1, self.num_key_value_heads, -1, -1)], dim=-1)
@@ -604,7 +604,7 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
             position_ids = past_length + torch.arange(states.shape[1], device=states.device)[None]
         if key_position_ids is None:
             preceding = torch.arange(-past_length, 0, device=states.device)
-            key_position_ids = torch.cat([position_ids[:, :1] + preceding, position_ids], dim=1)      # (B, K)
+            key_position_ids = torch.cat([position_ids[:, :1] + preceding, position_ids], dim=1)  # (B, K)
         cos_sin = self.rotary_emb(position_ids, states.dtype)
         key_cos_sin = self.rotary_emb(key_position_ids, states.dtype)
         for layer in self.layers:
@@ -729,9 +729,7 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
         if os.path.isdir(pretrained_model_name_or_path):
             pretrained_model_name_or_path = os.path.abspath(pretrained_model_name_or_path)
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
-        draft, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        draft, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         check_loading_info(draft.config, pretrained_model_name_or_path, info)
         draft.generation_package = generation_package(draft.config, hub_options)
         return (draft, info) if wants_info else draft

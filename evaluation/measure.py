@@ -229,8 +229,8 @@ def cache_bytes_per_token(draft: PreTrainedModel) -> float:
     config, like = draft.config, {"device": draft.device, "dtype": draft.dtype}
     cache = DynamicCache()
     draft(
-        inputs_embeds=torch.zeros(1, CACHE_PROBE_TOKENS, config.hidden_size, **like),                   # (1, T, D)
-        aux_hidden_states=torch.zeros(1, CACHE_PROBE_TOKENS, 3 * config.target_hidden_size, **like),    # (1, T, 3Dt)
+        inputs_embeds=torch.zeros(1, CACHE_PROBE_TOKENS, config.hidden_size, **like),  # (1, T, D)
+        aux_hidden_states=torch.zeros(1, CACHE_PROBE_TOKENS, 3 * config.target_hidden_size, **like),  # (1, T, 3Dt)
         position_ids=torch.arange(CACHE_PROBE_TOKENS, device=draft.device)[None],
         past_key_values=cache,
     )

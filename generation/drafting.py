@@ -102,7 +102,7 @@ def propose(draft, logits: Tensor, warpers: LogitsProcessorList, noise: Noise | 
     """
     if noise is None:
         return draft.draft_to_target(logits.argmax(dim=-1))
-    draft_probs = warpers(None, logits.float()).softmax(dim=-1)                                # (1, Vd)
-    all_ids = draft.draft_to_target(torch.arange(logits.shape[-1], device=logits.device))      # (Vd,)
+    draft_probs = warpers(None, logits.float()).softmax(dim=-1)  # (1, Vd)
+    all_ids = draft.draft_to_target(torch.arange(logits.shape[-1], device=logits.device))  # (Vd,)
     noise_of_ids = noise.peek(ahead).to(logits.device)[:, all_ids]
     return all_ids[(draft_probs / noise_of_ids).argmax(dim=-1)]

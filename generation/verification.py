@@ -51,7 +51,7 @@ def read_tree(target: PreTrainedModel, tree: DraftTree, transcript: Transcript, 
         The target's output, and logits `(N, V)` in fp32 on the text's device.
     """
     num_nodes = len(tree)
-    candidate_ids = torch.cat([transcript.input_ids, tree.token_ids[None, 1:]], dim=-1)       # (1, T + N - 1)
+    candidate_ids = torch.cat([transcript.input_ids, tree.token_ids[None, 1:]], dim=-1)  # (1, T + N - 1)
     inputs = target.prepare_inputs_for_generation(
         candidate_ids, next_sequence_length=num_nodes, **extend_inputs(model_kwargs, num_nodes - 1)
     )

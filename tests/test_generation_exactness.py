@@ -92,7 +92,7 @@ def speculative_text(noise: torch.Tensor | None, proposals: Proposals) -> list[i
 
 def test_text_is_the_plain_text_for_every_noise_and_any_tree():
     """Exactness is pathwise; a biased walk would still produce fluent text."""
-    draws = torch.tensor(list(itertools.permutations([0.2, 1.0, 3.0])))                # all orders of three levels
+    draws = torch.tensor(list(itertools.permutations([0.2, 1.0, 3.0])))  # all orders of three levels
     texts = set()
     for choice in itertools.product(range(len(draws)), repeat=NUM_TOKENS):
         noise = draws[list(choice)]
