@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
+# Threads that wait sleep. By default they spin, and where other processes use the cores, that costs more than the work.
+export OMP_WAIT_POLICY ?= passive
 
 .PHONY: install demo test lint clean
 

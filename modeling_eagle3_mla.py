@@ -9,7 +9,7 @@ position i and the embedding of token i + 1 it predicts token i + 2:
 
 Only the latent is cached, c_kv = kv_norm(W_dkv a), and one rotated key per position where RoPE is decoupled (R > 0).
 
-The file reads in dependency order: norm and rotary embedding, attention kernels, the two attention types, the layer,
+The file reads in dependency order: rotary embedding, attention kernels, the two attention types, the layer,
 how a target's states are captured, the model, how its code travels with it, the hook.
 
 Shapes: B batch, Q queries, K cached and new positions, T tokens, H heads, G key-value heads, d head width, D hidden,
@@ -47,20 +47,6 @@ CosSin = tuple[Tensor, Tensor]
 
 # Draft tokens per round where neither the checkpoint nor the user says otherwise: the chain of EAGLE-3's training.
 DEFAULT_NUM_ASSISTANT_TOKENS = 7
-
-
-class Eagle3MLARMSNorm(nn.Module):
-    """`x / rms(x) * weight`, computed in fp32 or better (arXiv:1910.07467, Eq. 4)."""
-
-    def __init__(self, size: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, states: Tensor) -> Tensor:
-        wide = states.to(torch.promote_types(states.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(states.dtype)
 
 
 class Eagle3MLARotaryEmbedding(nn.Module):
@@ -200,7 +186,7 @@ class LatentAttention(nn.Module):
         else:
             query_input_size = config.mla_q_lora_rank
             self.q_a_proj = nn.Linear(input_size, query_input_size, bias=False)
-            self.q_a_layernorm = Eagle3MLARMSNorm(query_input_size, config.rms_norm_eps)
+            self.q_a_layernorm = nn.RMSNorm(query_input_size, eps=config.rms_norm_eps)
             self.q_b_proj = nn.Linear(query_input_size, query_size, bias=False)
         self.W_dkv = nn.Linear(input_size, self.latent_dim, bias=False)
         if config.mla_use_kv_norm:
@@ -367,7 +353,7 @@ def attention_input_size(config: Eagle3MLAConfig, layer_idx: int) -> int:
 def kv_norm(config: Eagle3MLAConfig) -> nn.Module:
     """The norm on the latent."""
     if config.mla_kv_norm_type == "rms_norm":
-        return Eagle3MLARMSNorm(config.mla_latent_dim, config.rms_norm_eps)
+        return nn.RMSNorm(config.mla_latent_dim, eps=config.rms_norm_eps)
     return nn.LayerNorm(config.mla_latent_dim, eps=config.rms_norm_eps)
 
 
@@ -398,10 +384,10 @@ class Eagle3MLADecoderLayer(nn.Module):
         attention = LatentAttention if config.attention_type == "mla" else GroupedQueryAttention
         self.self_attn = attention(config, layer_idx)
         self.mlp = Eagle3MLAMLP(config)
-        self.input_layernorm = Eagle3MLARMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if layer_idx == 0:
-            self.hidden_norm = Eagle3MLARMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = Eagle3MLARMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.is_first = layer_idx == 0
 
     def attention_input(self, inputs_embeds: Tensor, states: Tensor) -> Tensor:
@@ -525,11 +511,11 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
         if config.owns_embeddings:
             self.embed_tokens = nn.Embedding(config.vocab_size, hidden_size)
         if config.fc_norm:
-            norms = [Eagle3MLARMSNorm(config.target_hidden_size, config.rms_norm_eps) for _ in range(3)]
+            norms = [nn.RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in range(3)]
             self.fc_norm = nn.ModuleList(norms)
         self.fc = nn.Linear(3 * config.target_hidden_size, hidden_size, bias=False)
         self.layers = nn.ModuleList(Eagle3MLADecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = Eagle3MLARMSNorm(hidden_size, config.rms_norm_eps)
+        self.norm = nn.RMSNorm(hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(hidden_size, config.draft_vocab_size, bias=False)
         self.rotary_emb = Eagle3MLARotaryEmbedding(config)
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
@@ -544,7 +530,7 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
         """Random weights, through `transformers.initialization` only: it leaves alone what was loaded."""
         if isinstance(module, nn.Linear | nn.Embedding):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
-        elif isinstance(module, Eagle3MLARMSNorm | nn.LayerNorm):
+        elif isinstance(module, nn.RMSNorm | nn.LayerNorm):
             init.ones_(module.weight)
             if isinstance(module, nn.LayerNorm):
                 init.zeros_(module.bias)
@@ -581,7 +567,8 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
             past_key_values (`Cache`, *optional*):
                 Latents of earlier rows; extended in place.
             key_position_ids (`torch.LongTensor` of shape `(B, K)`, *optional*):
-                RoPE positions of cached and new rows. Defaults to cached rows that directly precede the first new one.
+                RoPE positions of cached and new rows, ending with `position_ids`. Defaults to cached rows that
+                directly precede the first new one.
             logits_to_keep (`int`, *optional*, defaults to 0):
                 Return only the last so many rows; 0 returns all.
 
@@ -605,8 +592,8 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
         if key_position_ids is None:
             preceding = torch.arange(-past_length, 0, device=states.device)
             key_position_ids = torch.cat([position_ids[:, :1] + preceding, position_ids], dim=1)  # (B, K)
-        cos_sin = self.rotary_emb(position_ids, states.dtype)
         key_cos_sin = self.rotary_emb(key_position_ids, states.dtype)
+        cos_sin = tuple(part[:, past_length:] for part in key_cos_sin)
         for layer in self.layers:
             states = layer(
                 inputs_embeds,

@@ -26,7 +26,7 @@ TRAINED_RESULTS, RELEASED_RESULTS = OUTPUT / "eval" / "results.json", OUTPUT / "
 # What two CPU cores do in about four minutes. Four steps of training-time test instead of seven: at an acceptance
 # length near 2, deeper drafts are rare, and the time is better spent on more conversations.
 TRAINING_SCALE = (
-    *("--max-steps", "600"),
+    *("--max-steps", "500"),
     *("--max-length", "384"),
     *("--num-ttt-steps", "4"),
     *("--learning-rate", "4e-3"),
