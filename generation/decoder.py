@@ -20,7 +20,7 @@ from transformers.generation.streamers import BaseStreamer
 from .caches import cache_bytes, forget_last
 from .drafting import DraftMemory, draft_chain
 from .metrics import SpeculationStats
-from .support import check_call, num_assistant_tokens
+from .support import check_call, confidence_threshold, num_assistant_tokens
 from .transcript import Transcript
 from .verification import accept_path, read_tree
 
@@ -106,7 +106,8 @@ def decode(target: PreTrainedModel, draft, transcript: Transcript, generation_co
 
     while not transcript.is_finished:
         num_tokens = min(num_assistant_tokens(draft), transcript.max_new_tokens - 1)
-        tree = draft_chain(draft, target, memory, num_tokens, transcript.logits_processor, transcript.noise)
+        threshold = confidence_threshold(draft)
+        tree = draft_chain(draft, target, memory, num_tokens, threshold, transcript.logits_processor, transcript.noise)
         with captured:
             outputs, logits = read_tree(target, tree, transcript, model_kwargs)
         verdict = accept_path(tree, logits, transcript)
@@ -117,7 +118,7 @@ def decode(target: PreTrainedModel, draft, transcript: Transcript, generation_co
         memory.await_rows(captured.take()[:, :num_kept], transcript.input_ids[:, -num_kept:])
 
         stats.target_calls += 1
-        stats.record(num_kept, verdict.num_accepted, deepest=num_tokens)
+        stats.record(num_kept, verdict.num_accepted, deepest=len(tree) - 1)
         stats.draft_cache_bytes, stats.draft_cache_tokens = cache_bytes(memory.cache), memory.cache.get_seq_length()
         transcript.flush()
     return cache

@@ -51,22 +51,25 @@ def draft_chain(
     target: PreTrainedModel,
     memory: DraftMemory,
     num_tokens: int,
+    confidence_threshold: float | None,
     logits_processor: LogitsProcessorList,
     noise: Noise | None,
 ) -> DraftTree:
     """
-    A chain of `num_tokens` proposals after the newest committed token.
+    A chain of at most `num_tokens` proposals after the newest committed token.
 
     Args:
         draft ([`Eagle3MLADraftModel`]): The head.
         target (`PreTrainedModel`): For its embeddings.
         memory ([`DraftMemory`]): Its last pending token is the root.
-        num_tokens (`int`): Proposals; with 0 the draft is not called.
+        num_tokens (`int`): Proposals, at most; with 0 the draft is not called.
+        confidence_threshold (`float`, *optional*):
+            The chain ends with the first proposal whose probability under the draft is below. `None`: it never does.
         logits_processor (`LogitsProcessorList`): The target's; its stateless warpers shape the draft's scores too.
         noise ([`Noise`], *optional*): What the coming tokens will be drawn with; `None` means greedy.
 
     Returns:
-        [`DraftTree`] of `num_tokens + 1` nodes.
+        [`DraftTree`] of at most `num_tokens + 1` nodes.
 
     **Effects**: the pending rows move to `memory.cache`, which holds no guesses afterwards.
     """
@@ -81,28 +84,36 @@ def draft_chain(
         logits_to_keep=1,
     )
     memory.mark_read()
-    token_ids.append(propose(draft, outputs.logits[:, -1], warpers, noise, ahead=0))
-    for ahead in range(1, num_tokens):
+    num_rows = memory.cache.get_seq_length()
+    while True:
+        logits = outputs.logits[:, -1]
+        draft_id = propose(draft, logits, warpers, noise, ahead=len(token_ids) - 1)
+        token_ids.append(draft.draft_to_target(draft_id).to(token_ids[0].device))
+        if len(token_ids) > num_tokens or is_unsure(logits, draft_id, confidence_threshold):
+            break
         outputs = draft(
             inputs_embeds=draft.embed(token_ids[-1][:, None], target),
             fused_states=outputs.states,
             past_key_values=memory.cache,
         )
-        token_ids.append(propose(draft, outputs.logits[:, -1], warpers, noise, ahead))
-    forget_last(memory.cache, num_tokens - 1)
-    return build_chain(torch.cat([ids.to(memory.pending_tokens.device) for ids in token_ids]))
+    forget_last(memory.cache, memory.cache.get_seq_length() - num_rows)
+    return build_chain(torch.cat(token_ids))
 
 
 def propose(draft, logits: Tensor, warpers: LogitsProcessorList, noise: Noise | None, ahead: int) -> Tensor:
     """
-    The target id `(1,)` that the draft expects to be chosen, given its logits `(1, Vd)`.
+    The draft id `(1,)` of the token that the draft expects to be chosen, given its logits `(1, Vd)`.
 
     When sampling, the target will choose `argmax(p / e)`; the draft knows e, so its best guess is `argmax(q / e)` with
     its own distribution q under the target's temperature and filters.
     """
     if noise is None:
-        return draft.draft_to_target(logits.argmax(dim=-1))
+        return logits.argmax(dim=-1)
     draft_probs = warpers(None, logits.float()).softmax(dim=-1)  # (1, Vd)
     all_ids = draft.draft_to_target(torch.arange(logits.shape[-1], device=logits.device))  # (Vd,)
-    noise_of_ids = noise.peek(ahead).to(logits.device)[:, all_ids]
-    return all_ids[(draft_probs / noise_of_ids).argmax(dim=-1)]
+    return (draft_probs / noise.peek(ahead).to(logits.device)[:, all_ids]).argmax(dim=-1)
+
+
+def is_unsure(logits: Tensor, draft_id: Tensor, threshold: float | None) -> bool:
+    """True if the draft gives its proposal `(1,)` a probability below `threshold`; never without a threshold."""
+    return threshold is not None and bool(logits.float().softmax(dim=-1)[0, draft_id] < threshold)

@@ -26,6 +26,7 @@ def check_call(
     """
     draft.check_target(target)
     num_assistant_tokens(draft)
+    confidence_threshold(draft)
     _check_outputs(generation_config)
     _check_cache(generation_config, model_kwargs)
     if input_ids.shape[0] != 1:
@@ -58,6 +59,24 @@ def num_assistant_tokens(draft) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(
             f"`draft.generation_config.num_assistant_tokens` must be an integer of at least 0, got {value!r}."
+        )
+    return value
+
+
+def confidence_threshold(draft) -> float | None:
+    """
+    Probability below which a proposal ends its chain, from `draft.generation_config.assistant_confidence_threshold`.
+
+    Raises:
+        ValueError: If it is not a number between 0 and 1.
+    """
+    value = draft.generation_config.assistant_confidence_threshold
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(
+            "`draft.generation_config.assistant_confidence_threshold` must be None or a number between 0 and 1, got "
+            f"{value!r}."
         )
     return value
 

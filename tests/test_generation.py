@@ -169,6 +169,21 @@ def test_any_chain_length_gives_the_plain_text(llama, num_assistant_tokens):
     assert len(draft.speculation_stats.drafted_by_depth) <= num_assistant_tokens
 
 
+@pytest.mark.parametrize("threshold", [0.0, 0.2, 1])
+def test_any_confidence_threshold_gives_the_plain_text(llama, threshold):
+    draft = make_draft(llama)
+    draft.generation_config.assistant_confidence_threshold = threshold
+    for settings in SETTINGS["greedy"], SETTINGS["sample"]:
+        assert_same_generation(llama, draft, make_prompt(5), **settings)
+
+
+def test_chain_ends_with_the_first_unsure_proposal(llama):
+    draft = make_draft(llama)
+    draft.generation_config.assistant_confidence_threshold = 1.0
+    assert_same_generation(llama, draft, make_prompt(5), do_sample=False)
+    assert len(draft.speculation_stats.drafted_by_depth) == 1
+
+
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 8])
 def test_length_limit_cuts_inside_a_round(llama, max_new_tokens):
     draft = make_draft(llama)
@@ -382,6 +397,14 @@ def test_wrong_number_of_draft_tokens_is_refused_by_name(llama, value):
     draft = make_draft(llama)
     draft.generation_config.num_assistant_tokens = value
     with pytest.raises(ValueError, match="num_assistant_tokens` must be an integer of at least 0, got"):
+        llama.generate(**make_prompt(4), max_new_tokens=5, assistant_model=draft)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.5, True, "high"])
+def test_wrong_confidence_threshold_is_refused_by_name(llama, value):
+    draft = make_draft(llama)
+    draft.generation_config.assistant_confidence_threshold = value
+    with pytest.raises(ValueError, match=r"assistant_confidence_threshold` must be None or a number between 0 and 1"):
         llama.generate(**make_prompt(4), max_new_tokens=5, assistant_model=draft)
 
 

@@ -141,13 +141,20 @@ def test_hub_repository_loads_each_commit_with_its_own_code(saved_target, saved_
     assert copied["marker"] == "second"
 
 
-@pytest.mark.parametrize("value", [0, 1, 7, 12])
-def test_generation_knobs_survive_save_and_load(tiny_target, value, tmp_path):
+KNOBS = [("num_assistant_tokens", value) for value in (0, 1, 7, 12)]
+KNOBS += [("assistant_confidence_threshold", value) for value in (None, 0.0, 0.3)]
+
+
+@pytest.mark.parametrize(("knob", "value"), KNOBS, ids=str)
+def test_generation_knobs_survive_save_and_load(tiny_target, knob, value, tmp_path):
     draft = Eagle3MLADraftModel(Eagle3MLAConfig.from_target(tiny_target.config))
     assert draft.generation_config.num_assistant_tokens == 7
-    draft.generation_config.num_assistant_tokens = value
+    assert draft.generation_config.assistant_confidence_threshold is None
+    setattr(draft.generation_config, knob, value)
     draft.save_pretrained(tmp_path)
-    assert Eagle3MLADraftModel.from_pretrained(tmp_path).generation_config.num_assistant_tokens == value
+    loaded = Eagle3MLADraftModel.from_pretrained(tmp_path)
+    assert getattr(loaded.generation_config, knob) == value
+    assert loaded.generation_config.to_dict() == draft.generation_config.to_dict()
 
 
 def test_checkpoint_without_a_generation_config_drafts_the_default_chain(tiny_target, tmp_path):
