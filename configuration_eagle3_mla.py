@@ -8,11 +8,18 @@ attention (how many numbers per position the draft's cache holds) and the draft 
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 ATTENTION_TYPES = ("mla", "gqa")
 KV_NORM_TYPES = ("layer_norm", "rms_norm")
-# RoPE types whose frequencies depend on neither the sequence length nor the width that is rotated.
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# RoPE types whose frequencies depend on neither the sequence length nor the width that is rotated, with the numbers
+# that each needs.
+ROPE_TYPES = {
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "llama3": ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("rope_theta", "factor", "original_max_position_embeddings"),
+}
 
 # What vLLM and SGLang can serve as `Eagle3DeepseekV2ForCausalLM`: decoupled RoPE, an RMSNorm on the latent, a
 # compressed query, and C + R = 320, one of the two widths that vLLM's MLA kernels take.
@@ -130,21 +137,25 @@ class Eagle3MLAConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any):
+        self._check_positive("vocab_size", "hidden_size", "num_attention_heads")
+        self._check_positive("num_key_value_heads", "head_dim", "target_num_hidden_layers", may_be_none=True)
         if self.draft_vocab_size is None:
             self.draft_vocab_size = self.vocab_size
         if self.target_hidden_size is None:
             self.target_hidden_size = self.hidden_size
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
-        self._check_positive("hidden_size", "num_attention_heads", "num_key_value_heads")
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.mla_latent_dim is None:
             self.mla_latent_dim = max(1, self.num_key_value_heads * self.head_dim // 4)
         if self.eagle_aux_hidden_state_layer_ids is None:
             self.eagle_aux_hidden_state_layer_ids = default_aux_layer_ids(self.target_num_hidden_layers or 32)
+        if not isinstance(self.rope_parameters, dict | None):
+            raise ValueError(f"`rope_parameters` must be a dictionary, got {self.rope_parameters!r}.")
         super().__post_init__(**kwargs)
         self._check_sizes()
+        self._check_switches()
         self._check_attention()
         self._check_rope()
         self._check_aux_layers()
@@ -194,15 +205,17 @@ class Eagle3MLAConfig(PreTrainedConfig):
         own_fields = {name: getattr(self, name) for name in Eagle3MLAConfig.__annotations__}
         return super().to_diff_dict() | own_fields
 
-    def _check_positive(self, *names: str) -> None:
+    def _check_positive(self, *names: str, may_be_none: bool = False) -> None:
         for name in names:
             value = getattr(self, name)
+            if value is None and may_be_none:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be an integer of at least 1, got {value!r}.")
 
     def _check_sizes(self) -> None:
-        self._check_positive("vocab_size", "draft_vocab_size", "target_hidden_size", "intermediate_size")
-        self._check_positive("num_hidden_layers", "head_dim", "max_position_embeddings")
+        self._check_positive("draft_vocab_size", "target_hidden_size", "intermediate_size", "num_hidden_layers")
+        self._check_positive("head_dim", "max_position_embeddings")
         if self.draft_vocab_size > self.vocab_size:
             raise ValueError(
                 f"`draft_vocab_size` must be at most `vocab_size` ({self.vocab_size}), got {self.draft_vocab_size}."
@@ -212,6 +225,18 @@ class Eagle3MLAConfig(PreTrainedConfig):
                 f"`num_key_value_heads` must divide `num_attention_heads` ({self.num_attention_heads}), "
                 f"got {self.num_key_value_heads}."
             )
+        for name in ("rms_norm_eps", "initializer_range"):
+            if not is_positive_number(getattr(self, name)):
+                raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)!r}.")
+
+    def _check_switches(self) -> None:
+        for name in ("mla_use_kv_norm", "has_own_embeddings", "fc_norm", "norm_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
+        if self.tie_word_embeddings is not False:
+            raise ValueError("`tie_word_embeddings` must be false: a draft's `lm_head` has its own vocabulary.")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"`hidden_act` must be an activation of transformers, got {self.hidden_act!r}.")
 
     def _check_attention(self) -> None:
         if self.attention_type not in ATTENTION_TYPES:
@@ -219,7 +244,7 @@ class Eagle3MLAConfig(PreTrainedConfig):
         if self.mla_kv_norm_type not in KV_NORM_TYPES:
             raise ValueError(f"`mla_kv_norm_type` must be one of {KV_NORM_TYPES}, got {self.mla_kv_norm_type!r}.")
         self._check_positive("mla_latent_dim")
-        if not isinstance(self.mla_rope_dim, int) or self.mla_rope_dim < 0 or self.mla_rope_dim % 2 != 0:
+        if type(self.mla_rope_dim) is not int or self.mla_rope_dim < 0 or self.mla_rope_dim % 2 != 0:
             raise ValueError(
                 f"`mla_rope_dim` must be 0 or a positive even number (RoPE rotates pairs), got {self.mla_rope_dim!r}."
             )
@@ -235,16 +260,28 @@ class Eagle3MLAConfig(PreTrainedConfig):
             raise ValueError(f"`head_dim` must be even (RoPE rotates pairs), got {self.head_dim}.")
 
     def _check_rope(self) -> None:
-        rope_type = self.rope_parameters["rope_type"]
+        rope = self.rope_parameters
+        rope_type = rope.get("rope_type")
         if rope_type not in ROPE_TYPES:
             raise ValueError(
-                f"`rope_parameters['rope_type']` must be one of {ROPE_TYPES}, got {rope_type!r}. "
+                f"`rope_parameters['rope_type']` must be one of {list(ROPE_TYPES)}, got {rope_type!r}. "
                 "`Eagle3MLAConfig.from_target` chooses one that suits the target."
+            )
+        for name in ROPE_TYPES[rope_type]:
+            if not is_positive_number(rope.get(name)):
+                raise ValueError(
+                    f"`rope_parameters[{name!r}]` must be a positive number for the type {rope_type!r}, "
+                    f"got {rope.get(name)!r}."
+                )
+        if rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                "`rope_parameters['partial_rotary_factor']` must be 1, a draft rotates whole heads; "
+                f"got {rope['partial_rotary_factor']!r}."
             )
 
     def _check_aux_layers(self) -> None:
         layer_ids = self.eagle_aux_hidden_state_layer_ids
-        is_list_of_ids = isinstance(layer_ids, list | tuple) and all(isinstance(index, int) for index in layer_ids)
+        is_list_of_ids = isinstance(layer_ids, list | tuple) and all(type(index) is int for index in layer_ids)
         if not is_list_of_ids or len(layer_ids) != 3 or sorted(set(layer_ids)) != list(layer_ids) or layer_ids[0] < 0:
             raise ValueError(
                 "`eagle_aux_hidden_state_layer_ids` must be three different layer indices of at least 0 in rising "
@@ -256,6 +293,11 @@ class Eagle3MLAConfig(PreTrainedConfig):
                 "`eagle_aux_hidden_state_layer_ids` must be at most `target_num_hidden_layers` "
                 f"({num_layers}), got {layer_ids!r}."
             )
+
+
+def is_positive_number(value: Any) -> bool:
+    """Whether `value` is a finite number above 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def default_aux_layer_ids(num_layers: int) -> list[int]:

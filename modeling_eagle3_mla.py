@@ -23,6 +23,7 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +45,6 @@ from .configuration_eagle3_mla import Eagle3MLAConfig
 logger = logging.get_logger(__name__)
 
 CosSin = tuple[Tensor, Tensor]
-
-# Draft tokens per round where neither the checkpoint nor the user says otherwise: the chain of EAGLE-3's training.
-DEFAULT_NUM_ASSISTANT_TOKENS = 7
 
 
 class Eagle3MLARotaryEmbedding(nn.Module):
@@ -77,7 +75,7 @@ class Eagle3MLARotaryEmbedding(nn.Module):
         if rope["rope_type"] != "default":
             return ROPE_INIT_FUNCTIONS[rope["rope_type"]](self.config, device)
         exponents = torch.arange(0, self.config.head_dim, 2, dtype=torch.float32, device=device) / self.config.head_dim
-        return rope["rope_theta"] ** -exponents, 1.0
+        return 1.0 / rope["rope_theta"] ** exponents, 1.0
 
 
 def rotate(heads: Tensor, cos_sin: CosSin) -> Tensor:
@@ -423,9 +421,11 @@ class AuxHiddenStates:
         self.layer_ids = layer_ids
         self.device, self.dtype = device, dtype
         self.chunks: list[list[Tensor]] = [[] for _ in layer_ids]
+        self.thread = threading.get_ident()
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "AuxHiddenStates":
+        self.thread = threading.get_ident()
         for chunks, layer_id in zip(self.chunks, self.layer_ids, strict=True):
             self.handles.append(self._hook(chunks, layer_id))
         return self
@@ -435,18 +435,37 @@ class AuxHiddenStates:
             self.handles.pop().remove()
 
     def take(self) -> Tensor:
-        """The states of all forwards since the last call, `(B, T, 3 * Dt)`."""
+        """
+        The states of all forwards since the last call, `(B, T, 3 * Dt)`.
+
+        Raises:
+            NotImplementedError: If the target's layers cannot be listened to, or hold several streams.
+        """
+        if not all(self.chunks):
+            raise NotImplementedError(
+                "The target's layers were not seen running, as under `target.compile()`. Use the target uncompiled, "
+                "or wrapped as `torch.compile(target)`."
+            )
+        if self.chunks[0][0].dim() != 3:
+            raise NotImplementedError(
+                f"The target's residual stream must have the shape (B, T, Dt), got {tuple(self.chunks[0][0].shape)}."
+            )
         states = [torch.cat([chunk.to(self.device) for chunk in chunks], dim=1) for chunks in self.chunks]
         for chunks in self.chunks:
             chunks.clear()
         return torch.cat(states, dim=-1).to(self.dtype)
 
     def _hook(self, chunks: list[Tensor], layer_id: int) -> torch.utils.hooks.RemovableHandle:
+        def keep(states: Tensor) -> None:
+            # Another thread may be running the same target for a draft of its own.
+            if threading.get_ident() == self.thread:
+                chunks.append(states)
+
         def before(module, args, kwargs):
-            chunks.append(args[0] if args else kwargs["hidden_states"])
+            keep(args[0] if args else kwargs["hidden_states"])
 
         def after(module, args, output):
-            chunks.append(output[0] if isinstance(output, tuple) else output)
+            keep(output[0] if isinstance(output, tuple) else output)
 
         if layer_id < len(self.layers):
             return self.layers[layer_id].register_forward_pre_hook(before, with_kwargs=True)
@@ -490,6 +509,8 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
     """
     An EAGLE-3 draft head with MLA, to be passed as `assistant_model` to the `generate()` of its target.
 
+    It is a `GenerationMixin` for the sake of `generation_config`, where transformers keeps an assistant's settings.
+
     Weights: `fc`, optional `fc_norm.{0,1,2}`, `layers.{i}`, `norm`, `lm_head`, the draft vocabulary `d2t` and `t2d`,
     and `embed_tokens` only where the head does not use the target's embeddings. `d2t (Vd,)` holds **offsets**: the
     target's id is `draft_id + d2t[draft_id]`. `t2d (V,)` says which target ids the draft knows.
@@ -504,9 +525,14 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
     _no_split_modules = ["Eagle3MLADecoderLayer"]  # noqa: RUF012 (the base class reads a plain list)
     _supports_sdpa = True
     _supports_flex_attn = True
+    # Draft tokens per round where neither the checkpoint nor the user says otherwise: the steps of EAGLE-3's training.
+    default_num_assistant_tokens = 7
 
     def __init__(self, config: Eagle3MLAConfig):
         super().__init__(config)
+        if os.path.isdir(config.name_or_path):
+            # The decoding code is looked for there, perhaps after the working directory has changed.
+            config.name_or_path = os.path.abspath(config.name_or_path)
         hidden_size = config.hidden_size
         if config.owns_embeddings:
             self.embed_tokens = nn.Embedding(config.vocab_size, hidden_size)
@@ -520,7 +546,7 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
         self.rotary_emb = Eagle3MLARotaryEmbedding(config)
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
         self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool))
-        self.generation_config = GenerationConfig(num_assistant_tokens=DEFAULT_NUM_ASSISTANT_TOKENS)
+        self.generation_config = GenerationConfig(num_assistant_tokens=self.default_num_assistant_tokens)
         self.speculation_stats = None
         self.generation_package: str | None = None
         self.post_init()
@@ -673,6 +699,12 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
                     f"The draft was made for another target: its `{name}` is {expected}, the target's is {actual}. "
                     "Load the draft of this target, or train one with scripts/train_eagle3.py."
                 )
+        embedding_size = target.get_input_embeddings().weight.shape[-1]
+        if not self.config.owns_embeddings and embedding_size != self.config.hidden_size:
+            raise ValueError(
+                f"The target's embeddings must have the draft's `hidden_size` ({self.config.hidden_size}), got "
+                f"{embedding_size}. Give the draft its own with `has_own_embeddings=True`."
+            )
         last_layer_id = self.config.eagle_aux_hidden_state_layer_ids[-1]
         if last_layer_id > text_config.num_hidden_layers:
             raise ValueError(
@@ -713,11 +745,12 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
             ValueError: If the checkpoint lacks a weight or holds one that this configuration has no place for.
         """
         wants_info = kwargs.pop("output_loading_info", False)
-        if os.path.isdir(pretrained_model_name_or_path):
+        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
             pretrained_model_name_or_path = os.path.abspath(pretrained_model_name_or_path)
         hub_options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
         draft, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         check_loading_info(draft.config, pretrained_model_name_or_path, info)
+        check_draft_vocabulary(draft, pretrained_model_name_or_path)
         draft.generation_package = generation_package(draft.config, hub_options)
         return (draft, info) if wants_info else draft
 
@@ -757,6 +790,26 @@ def check_loading_info(config: Eagle3MLAConfig, source, info: dict) -> None:
         f"The checkpoint {source} does not fit its configuration: missing {missing}, unexpected {unexpected}, of "
         f"another shape {sorted(map(str, info['mismatched_keys']))}. Correct config.json or use the checkpoint's own."
     )
+
+
+def check_draft_vocabulary(draft: Eagle3MLADraftModel, source) -> None:
+    """
+    Refuses a `d2t` that is not a set of offsets to target ids in rising order, or a `t2d` that says something else.
+
+    Raises:
+        ValueError: If it is one of these.
+    """
+    if draft.d2t.is_meta:
+        return
+    target_ids = draft.draft_to_target(torch.arange(len(draft.d2t), device=draft.d2t.device))
+    is_rising = bool((target_ids.diff() > 0).all())
+    if not is_rising or target_ids[0] < 0 or target_ids[-1] >= draft.config.vocab_size:
+        raise ValueError(
+            f"`d2t` of the checkpoint {source} must hold offsets: draft id + d2t[draft id] must be target ids below "
+            f"{draft.config.vocab_size} in rising order. If it holds target ids, subtract 0, 1, 2, ... from them."
+        )
+    if not torch.equal(draft.t2d.nonzero().flatten(), target_ids):
+        raise ValueError(f"`t2d` of the checkpoint {source} must be true at exactly the target ids that `d2t` gives.")
 
 
 # How the code travels. transformers copies the two files of the root with a model, and finds what they import by a

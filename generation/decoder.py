@@ -13,7 +13,7 @@ Source: EAGLE-3, arXiv:2503.01840.
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
@@ -22,7 +22,7 @@ from .drafting import DraftMemory, draft_chain
 from .metrics import SpeculationStats
 from .support import check_call, confidence_threshold, num_assistant_tokens
 from .transcript import Transcript
-from .verification import accept_path, read_tree
+from .verification import accept_path, read_chain
 
 
 @torch.no_grad()
@@ -73,9 +73,9 @@ def generate(
         logits=() if wants_output and generation_config.output_logits else None,
         streamer=streamer,
     )
-    draft.speculation_stats = SpeculationStats()
+    stats = draft.speculation_stats = SpeculationStats()
     try:
-        cache = decode(target, draft, transcript, generation_config, model_kwargs)
+        cache = decode(target, draft, transcript, stats, generation_config, model_kwargs)
     finally:
         if streamer is not None:
             streamer.end()
@@ -86,13 +86,20 @@ def generate(
     )
 
 
-def decode(target: PreTrainedModel, draft, transcript: Transcript, generation_config: GenerationConfig, model_kwargs):
+def decode(
+    target: PreTrainedModel,
+    draft,
+    transcript: Transcript,
+    stats: SpeculationStats,
+    generation_config: GenerationConfig,
+    model_kwargs: dict,
+) -> Cache:
     """
     All rounds of one call; returns the target's cache, which holds the whole text but its last token.
 
-    **Effects**: fills `transcript` and `draft.speculation_stats`.
+    **Effects**: fills `transcript` and `stats`.
     """
-    stats, captured = draft.speculation_stats, draft.capture_aux_hidden_states(target)
+    captured = draft.capture_aux_hidden_states(target)
     with captured:
         outputs = target._prefill(transcript.input_ids, generation_config, model_kwargs)
     transcript.extend(outputs.logits[:, -1].to(dtype=torch.float32, device=transcript.input_ids.device, copy=True))
@@ -109,7 +116,7 @@ def decode(target: PreTrainedModel, draft, transcript: Transcript, generation_co
         threshold = confidence_threshold(draft)
         tree = draft_chain(draft, target, memory, num_tokens, threshold, transcript.logits_processor, transcript.noise)
         with captured:
-            outputs, logits = read_tree(target, tree, transcript, model_kwargs)
+            outputs, logits = read_chain(target, tree, transcript, model_kwargs)
         verdict = accept_path(tree, logits, transcript)
 
         num_kept = len(verdict.path)
@@ -127,7 +134,8 @@ def decode(target: PreTrainedModel, draft, transcript: Transcript, generation_co
 def first_memory(aux_hidden_states: Tensor, input_ids: Tensor, model_kwargs: dict) -> DraftMemory:
     """The prompt's rows, all pending: states `(1, T, 3 * Dt)` and tokens `(1, T + 1)`, without padding."""
     tokens = input_ids
-    if (mask := model_kwargs.get("attention_mask")) is not None:
+    mask = model_kwargs.get("attention_mask")
+    if mask is not None and mask[0, :-1].any():
         is_token = mask[0].bool()
         tokens, aux_hidden_states = tokens[:, is_token], aux_hidden_states[:, is_token[:-1]]
     return DraftMemory(aux_hidden_states, tokens[:, 1:])

@@ -85,6 +85,17 @@ def default_generator(device: torch.device) -> torch.Generator:
     )
 
 
+def check_distribution(scores: Tensor) -> None:
+    """
+    Requires scores `(B, V)` that are a distribution after the softmax, as `torch.multinomial` does.
+
+    Raises:
+        RuntimeError: If one is NaN or infinite, or all are minus infinity.
+    """
+    if not scores.max(dim=-1).values.isfinite().all():
+        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+
+
 def choose_token(scores: Tensor, noise: Tensor | None) -> Tensor:
     """
     The token that plain decoding chooses from processed scores, `(B, V)` -> `(B,)`.

@@ -6,8 +6,6 @@ Everything that `generate()` accepts and that has no exact assisted form is refu
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-DEFAULT_NUM_ASSISTANT_TOKENS = 7
-
 
 def check_call(
     target: PreTrainedModel,
@@ -38,6 +36,11 @@ def check_call(
         raise NotImplementedError("`inputs_embeds` must be None: an EAGLE-3 draft needs the prompt's `input_ids`.")
     if target.config.is_encoder_decoder:
         raise NotImplementedError("An EAGLE-3 draft assists decoder-only targets, got an encoder-decoder.")
+    if target.training and target.is_gradient_checkpointing:
+        raise NotImplementedError(
+            "`target` must not be in training mode with gradient checkpointing, which keeps no cache. Call "
+            "`target.eval()`."
+        )
     if synced_gpus:
         raise NotImplementedError("`synced_gpus=True` is not supported with an EAGLE-3 draft, pass False.")
     if generation_config.assistant_ensemble_weight is not None:
@@ -55,7 +58,7 @@ def num_assistant_tokens(draft) -> int:
     """
     value = draft.generation_config.num_assistant_tokens
     if value is None:
-        return DEFAULT_NUM_ASSISTANT_TOKENS
+        return draft.default_num_assistant_tokens
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(
             f"`draft.generation_config.num_assistant_tokens` must be an integer of at least 0, got {value!r}."

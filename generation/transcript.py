@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .sampling import Noise, choose_token
+from .sampling import Noise, check_distribution, choose_token
 
 
 @dataclass
@@ -58,8 +58,9 @@ class Transcript:
         """
         raw_logits = logits.clone() if self.logits is not None else None
         scores = self.logits_processor(self.input_ids, logits)
-        if self.do_sample and self.noise is None:
-            self.noise = Noise(like=scores)
+        if self.do_sample:
+            check_distribution(scores)
+            self.noise = self.noise or Noise(like=scores)
         token = choose_token(scores, self.noise.spend() if self.do_sample else None)
         self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
         if self.scores is not None:

@@ -20,12 +20,10 @@ class DraftTree:
     Args:
         token_ids (`torch.LongTensor` of shape `(N,)`): Target ids; the root's first.
         parents (`torch.LongTensor` of shape `(N,)`): Index of the parent; the root's is 0.
-        depths (`torch.LongTensor` of shape `(N,)`): Steps from the root.
     """
 
     token_ids: Tensor
     parents: Tensor
-    depths: Tensor
 
     def __len__(self) -> int:
         return self.token_ids.shape[0]
@@ -36,24 +34,7 @@ class DraftTree:
         return {(parents[node], token_ids[node]): node for node in range(1, len(token_ids))}
 
 
-def build_tree(token_ids: Tensor, parents: Tensor) -> DraftTree:
-    """
-    The tree with these nodes.
-
-    Args:
-        token_ids (`torch.LongTensor` of shape `(N,)`): Target ids.
-        parents (`torch.LongTensor` of shape `(N,)`): Index of the parent, below the node's own; the root's is 0.
-
-    Returns:
-        [`DraftTree`]
-    """
-    depths = torch.zeros_like(parents)
-    for node in range(1, len(parents)):
-        depths[node] = depths[parents[node]] + 1
-    return DraftTree(token_ids, parents, depths)
-
-
 def build_chain(token_ids: Tensor) -> DraftTree:
     """The tree in which every node continues the one before it, `(N,)`."""
     nodes = torch.arange(token_ids.shape[0], device=token_ids.device)
-    return DraftTree(token_ids, parents=(nodes - 1).clamp(min=0), depths=nodes)
+    return DraftTree(token_ids, parents=(nodes - 1).clamp(min=0))

@@ -29,13 +29,8 @@ class Verdict:
     path: list[int]
     num_accepted: int
 
-    @property
-    def acceptance_length(self) -> int:
-        """Tokens emitted by the round, bonus token included (the serving engines' convention)."""
-        return len(self.path)
 
-
-def read_tree(target: PreTrainedModel, tree: DraftTree, transcript: Transcript, model_kwargs: dict) -> tuple:
+def read_chain(target: PreTrainedModel, chain: DraftTree, transcript: Transcript, model_kwargs: dict) -> tuple:
     """
     One forward of the target over a chain, appended to its cache.
 
@@ -43,15 +38,15 @@ def read_tree(target: PreTrainedModel, tree: DraftTree, transcript: Transcript, 
 
     Args:
         target (`PreTrainedModel`): The target.
-        tree ([`DraftTree`]): A chain.
+        chain ([`DraftTree`]): The root and its proposals.
         transcript ([`Transcript`]): The text up to and including the root.
         model_kwargs (`dict`): The target's generation state, the root's position included.
 
     Returns:
         The target's output, and logits `(N, V)` in fp32 on the text's device.
     """
-    num_nodes = len(tree)
-    candidate_ids = torch.cat([transcript.input_ids, tree.token_ids[None, 1:]], dim=-1)  # (1, T + N - 1)
+    num_nodes = len(chain)
+    candidate_ids = torch.cat([transcript.input_ids, chain.token_ids[None, 1:]], dim=-1)  # (1, T + N - 1)
     inputs = target.prepare_inputs_for_generation(
         candidate_ids, next_sequence_length=num_nodes, **extend_inputs(model_kwargs, num_nodes - 1)
     )

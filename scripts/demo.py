@@ -91,9 +91,9 @@ def run(console: Console, number: int, title: str, arguments: list[str]) -> None
 
 
 def summary() -> Table:
-    """Both heads side by side."""
-    table = Table(title="Held-out functions, greedy")
-    columns = ("head", "acceptance length", "speedup", "lossless", "cache, bytes per token", "standard head's")
+    """Both heads side by side; the last two columns are the cache and that of a standard head of the same shape."""
+    table = Table(title="Held-out functions, greedy; cache in bytes per token")
+    columns = ("head", "acceptance length", "speedup", "lossless", "cache", "standard head's cache")
     for column in columns:
         table.add_column(column, justify="left" if column == "head" else "right")
     for name, path in (("trained in this demo", TRAINED_RESULTS), ("released", RELEASED_RESULTS)):

@@ -1,5 +1,7 @@
 """`generate(assistant_model=draft)` equals plain `generate()`: tokens, scores, cache length, random state, stream."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from transformers import (
@@ -317,6 +319,23 @@ def test_plain_tensor_is_returned_unless_a_dict_is_asked_for(llama):
 def test_prompt_without_a_mask_gives_the_plain_text(llama):
     draft, input_ids = make_draft(llama), make_prompt(6)["input_ids"]
     assert_same_generation(llama, draft, {"input_ids": input_ids}, do_sample=False)
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1]], ids=str)
+def test_mask_of_any_form_gives_the_plain_text(llama, mask):
+    prompt = {"input_ids": make_prompt(6)["input_ids"], "attention_mask": torch.tensor([mask])}
+    assert_same_generation(llama, make_draft(llama), prompt, do_sample=False)
+
+
+def test_threads_that_share_a_target_get_their_own_text(llama):
+    prompts = [make_prompt(num_tokens) for num_tokens in (5, 6, 7, 8)]
+    expected = [llama.generate(**prompt, max_new_tokens=20, do_sample=False).tolist() for prompt in prompts]
+
+    def generate(prompt):
+        return llama.generate(**prompt, max_new_tokens=20, do_sample=False, assistant_model=make_draft(llama)).tolist()
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(generate, prompts)) == expected
 
 
 def test_statistics_count_emitted_tokens(llama):

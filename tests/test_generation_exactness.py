@@ -12,7 +12,7 @@ from transformers.generation import MaxLengthCriteria
 
 from eagle3_mla.generation.sampling import Noise, choose_token
 from eagle3_mla.generation.transcript import Transcript
-from eagle3_mla.generation.tree import build_chain, build_tree
+from eagle3_mla.generation.tree import DraftTree, build_chain
 from eagle3_mla.generation.verification import accept_path
 
 VOCAB_SIZE = 3
@@ -56,7 +56,7 @@ class Proposals:
             free = [token for token in range(VOCAB_SIZE) if (parents[node], token) not in taken] or [0]
             tokens.append(free[int(torch.randint(0, len(free), (), generator=self.generator))])
             taken.add((parents[node], tokens[-1]))
-        return build_tree(torch.tensor(tokens), torch.tensor(parents))
+        return DraftTree(torch.tensor(tokens), torch.tensor(parents))
 
 
 def new_transcript(noise: torch.Tensor | None) -> Transcript:
@@ -153,14 +153,24 @@ def test_draws_ahead_are_void_once_somebody_else_has_drawn():
     assert torch.equal(spent, torch.empty(1, 5).exponential_(1))
 
 
-def test_depths_and_children_follow_the_parents():
-    tree = build_tree(torch.tensor([5, 6, 7, 6, 8]), torch.tensor([0, 0, 0, 1, 3]))
-    assert tree.depths.tolist() == [0, 1, 1, 2, 3]
+def test_children_are_found_by_parent_and_token():
+    tree = DraftTree(torch.tensor([5, 6, 7, 6, 8]), torch.tensor([0, 0, 0, 1, 3]))
     assert tree.children() == {(0, 6): 1, (0, 7): 2, (1, 6): 3, (3, 8): 4}
 
 
 def test_chain_is_the_tree_in_which_each_node_continues_the_last():
-    token_ids = torch.tensor([5, 6, 6, 7])
-    chain, tree = build_chain(token_ids), build_tree(token_ids, torch.tensor([0, 0, 1, 2]))
-    assert chain.parents.tolist() == tree.parents.tolist()
-    assert chain.depths.tolist() == tree.depths.tolist()
+    chain = build_chain(torch.tensor([5, 6, 6, 7]))
+    assert chain.parents.tolist() == [0, 0, 1, 2]
+    assert chain.children() == {(0, 6): 1, (1, 6): 2, (2, 7): 3}
+
+
+@pytest.mark.parametrize("scores", [[0.0, float("nan")], [0.0, float("inf")], [-float("inf")] * 2], ids=str)
+def test_scores_that_are_no_distribution_raise_as_in_plain_sampling(scores):
+    scores = torch.tensor([scores])
+    transcript = new_transcript(torch.ones(NUM_TOKENS, 2))
+    with pytest.raises(RuntimeError, match="probability tensor contains either") as plain_error:
+        torch.multinomial(scores.softmax(dim=-1), 1)
+    with pytest.raises(RuntimeError, match="probability tensor contains either") as our_error:
+        transcript.extend(scores)
+    assert str(our_error.value) == str(plain_error.value)
+    assert transcript.noise.num_spent == 0

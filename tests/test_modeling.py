@@ -1,13 +1,14 @@
 """The head against an independent reference, its kernels against each other, its cache, its weights, its target."""
 
 import logging
+import threading
 from contextlib import contextmanager
 
 import pytest
 import torch
 from reference import reference_head
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, OPTConfig, OPTForCausalLM
 
 from eagle3_mla import modeling_eagle3_mla as modeling
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
@@ -346,6 +347,46 @@ def test_draft_of_another_target_is_refused(tiny_target, difference, message):
     other = LlamaForCausalLM(LlamaConfig(**(tiny_target.config.to_dict() | difference)))
     with pytest.raises(ValueError, match=message):
         draft.check_target(other)
+
+
+def test_target_whose_embeddings_have_another_width_is_refused():
+    shape = {"vocab_size": 32, "hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 4}
+    target = OPTForCausalLM(OPTConfig(word_embed_proj_dim=16, **shape))
+    draft = Eagle3MLADraftModel(Eagle3MLAConfig.from_target(target.config))
+    with pytest.raises(ValueError, match=r"`hidden_size` \(32\), got 16. Give the draft its own"):
+        draft.check_target(target)
+
+
+@pytest.mark.parametrize("change", ["absolute ids", "out of range", "negative", "t2d"])
+def test_checkpoint_with_a_wrong_draft_vocabulary_is_refused(change, tmp_path):
+    """Published heads and their tools disagree on what `d2t` holds; taken for ids, offsets accept nothing."""
+    draft = make_draft(draft_vocab_size=4)
+    draft.set_draft_vocabulary(torch.tensor([3, 5, 8, 13]))
+    changes = {"absolute ids": torch.arange(4), "out of range": torch.tensor([0, 0, 0, 40]), "negative": -7}
+    draft.d2t += changes.get(change, 0)
+    draft.t2d ^= change == "t2d"
+    draft.save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match="`t2d` of the checkpoint" if change in ("t2d", "absolute ids") else "`d2t` of"
+    ):
+        Eagle3MLADraftModel.from_pretrained(tmp_path)
+
+
+def test_states_come_from_the_forwards_of_ones_own_thread(tiny_target):
+    draft = Eagle3MLADraftModel(Eagle3MLAConfig.from_target(tiny_target.config))
+    captured = draft.capture_aux_hidden_states(tiny_target)
+    with captured:
+        tiny_target(torch.tensor([[1, 2, 3]]))
+        stranger = threading.Thread(target=tiny_target, args=(torch.tensor([[4, 5]]),))
+        stranger.start()
+        stranger.join()
+    assert captured.take().shape == (1, 3, 96)
+
+
+def test_states_of_a_target_that_was_not_seen_running_are_refused(tiny_target):
+    draft = Eagle3MLADraftModel(Eagle3MLAConfig.from_target(tiny_target.config))
+    with pytest.raises(NotImplementedError, match=r"target.compile\(\)"):
+        draft.capture_aux_hidden_states(tiny_target).take()
 
 
 def test_draft_alone_does_not_generate():
