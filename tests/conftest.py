@@ -1,5 +1,10 @@
 """What several test files share: fixed seeds and a target small enough to check against enumeration."""
 
+import os
+
+# Tiny models are slower on several threads than on one, and much slower where the cores are shared. Before torch.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
