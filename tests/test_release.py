@@ -12,6 +12,12 @@ from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
 ROOT = Path(__file__).resolve().parents[1]
 TARGET = ROOT / "examples" / "nano-target"
 MAX_WEIGHT_BYTES = 12_000_000
+REQUESTS = (
+    "Write the Python function `is_empty(items)`.\n\nTrue if there are no items.",
+    "Write the Python method `close(self)` of the class `Connection`.\n\nClose the socket and forget it.",
+    "Write the Python function `flatten(items)`.\n\nYield the elements of a nested list one after the other.",
+    "Write the Python method `__repr__(self)` of the class `Point`.",
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +33,7 @@ def draft():
 @pytest.fixture(scope="module")
 def inputs():
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    chat = [{"role": "user", "content": "Write the Python function `is_empty(items)`.\n\nTrue if there are no items."}]
+    chat = [{"role": "user", "content": REQUESTS[0]}]
     return tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
 
 
@@ -72,15 +78,13 @@ def test_sampled_text_keeps_its_seed(target, draft, inputs):
     assert texts[0] == texts[1]
 
 
-@torch.no_grad()
-def test_released_head_knows_more_than_chance(target, draft):
-    """A head whose weights were overwritten on loading still runs, at acceptance 1.0."""
+def test_released_head_is_accepted(target, draft):
+    """A head whose weights were overwritten on loading still runs, at acceptance length 1.0."""
     tokenizer = AutoTokenizer.from_pretrained(TARGET)
-    text = "def is_empty(self):\n    return len(self._items) == 0\n\ndef clear(self):\n    self._items.clear()\n"
-    input_ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
-    captured = draft.capture_aux_hidden_states(target)
-    with captured:
-        choices = target(input_ids).logits.argmax(dim=-1)
-    logits = draft(draft.embed(input_ids[:, 1:], target), captured.take()[:, :-1]).logits
-    hits = draft.draft_to_target(logits.argmax(dim=-1)) == choices[:, 1:]
-    assert hits.float().mean() > 0.3
+    rounds = []
+    for request in REQUESTS:
+        chat = [{"role": "user", "content": request}]
+        inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+        target.generate(**inputs, max_new_tokens=64, do_sample=False, assistant_model=draft)
+        rounds += draft.speculation_stats.acceptance_lengths
+    assert sum(rounds) / len(rounds) > 2.5
