@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from ..generation.caches import cache_bytes
 from .prompts import Prompt
 
 WARM_UP_TOKENS = 8
@@ -234,8 +235,7 @@ def cache_bytes_per_token(draft: PreTrainedModel) -> float:
         position_ids=torch.arange(CACHE_PROBE_TOKENS, device=draft.device)[None],
         past_key_values=cache,
     )
-    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / CACHE_PROBE_TOKENS
+    return cache_bytes(cache) / CACHE_PROBE_TOKENS
 
 
 def standard_head_like(draft: PreTrainedModel) -> PreTrainedModel:
