@@ -99,6 +99,10 @@ class Eagle3MLAConfig(PreTrainedConfig):
             EAGLE-3.1: one RMSNorm per auxiliary state before `fc`.
         norm_output (`bool`, *optional*, defaults to `False`):
             EAGLE-3.1: the state that is fed back is the one after the final norm.
+        embed_residual (`bool`, *optional*, defaults to `False`):
+            Whether the first layer's residual stream also takes a projection of the token's normed embedding. A row
+            otherwise learns of its own token only through the latent, `mla_latent_dim` numbers, which it caches for
+            later rows. No serving engine knows this.
 
     Raises:
         ValueError: If a field is out of its bound or two fields exclude each other.
@@ -134,6 +138,7 @@ class Eagle3MLAConfig(PreTrainedConfig):
     has_own_embeddings: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    embed_residual: bool = False
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any):
@@ -230,7 +235,7 @@ class Eagle3MLAConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` must be a positive number, got {getattr(self, name)!r}.")
 
     def _check_switches(self) -> None:
-        for name in ("mla_use_kv_norm", "has_own_embeddings", "fc_norm", "norm_output"):
+        for name in ("mla_use_kv_norm", "has_own_embeddings", "fc_norm", "norm_output", "embed_residual"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be true or false, got {getattr(self, name)!r}.")
         if self.tie_word_embeddings is not False:

@@ -24,6 +24,7 @@ import shutil
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,7 @@ from .configuration_eagle3_mla import Eagle3MLAConfig
 logger = logging.get_logger(__name__)
 
 CosSin = tuple[Tensor, Tensor]
+Rotate = Callable[[Tensor, CosSin], Tensor]
 
 
 class Eagle3MLARotaryEmbedding(nn.Module):
@@ -159,12 +161,19 @@ def causal_mask(query: Tensor, key: Tensor) -> Tensor:
 ATTENTION_KERNELS = {"eager": eager_attention, "sdpa": sdpa_attention, "flex_attention": flex_attention}
 
 
+class Eagle3MLARMSNorm(nn.RMSNorm):
+    """RMSNorm (arXiv:1910.07467) in the type of its input: two types, as in mixed precision, have no fused kernel."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        return F.rms_norm(states, self.normalized_shape, self.weight.to(states.dtype), self.eps)
+
+
 class LatentAttention(nn.Module):
     """
     Multi-head latent attention (arXiv:2405.04434, Eq. 9-19), with grouped key-value heads.
 
-    `project` makes the query and what is cached, `expand` turns that into keys and values, `forward` attends over the
-    cache. With R = 0 RoPE turns the up-projected keys, so they are expanded at every call; with R > 0 the
+    `ask` makes the query, `remember` what is cached, `expand` turns that into keys and values, `forward` attends over
+    the cache. With R = 0 RoPE turns the up-projected keys, so they are expanded at every call; with R > 0 the
     up-projection of the keys moves to the query. That of the values can always move behind the attention.
     """
 
@@ -184,7 +193,7 @@ class LatentAttention(nn.Module):
         else:
             query_input_size = config.mla_q_lora_rank
             self.q_a_proj = nn.Linear(input_size, query_input_size, bias=False)
-            self.q_a_layernorm = nn.RMSNorm(query_input_size, eps=config.rms_norm_eps)
+            self.q_a_layernorm = Eagle3MLARMSNorm(query_input_size, eps=config.rms_norm_eps)
             self.q_b_proj = nn.Linear(query_input_size, query_size, bias=False)
         self.W_dkv = nn.Linear(input_size, self.latent_dim, bias=False)
         if config.mla_use_kv_norm:
@@ -196,35 +205,41 @@ class LatentAttention(nn.Module):
             self.W_kr = nn.Linear(input_size, self.rope_dim, bias=False)
         self.o_proj = nn.Linear(query_size, config.hidden_size, bias=False)
 
-    def project(self, attention_input: Tensor, cos_sin: CosSin) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def ask(self, attention_input: Tensor, cos_sin: CosSin, rotate: Rotate = rotate) -> Tensor:
         """
-        What one row asks, and what is remembered of it.
+        What a row asks.
 
         Args:
             attention_input (`torch.Tensor` of shape `(B, T, 2D)`): From the layer's `attention_input`.
             cos_sin (`tuple[torch.Tensor, torch.Tensor]`): RoPE at the rows' positions.
+            rotate (`Callable`, *optional*): Another implementation of [`rotate`].
 
         Returns:
-            The query `(B, H, T, d + R)`, rotated, and the memory `(c_kv, k_rope)`: `(B, 1, T, C)` and `(B, 1, T, R)`.
+            `torch.Tensor` of shape `(B, H, T, d + R)`: The query, rotated.
         """
         query_input = attention_input
         if self.config.mla_q_lora_rank is not None:
             query_input = self.q_a_layernorm(self.q_a_proj(attention_input))
         up_projection = self.q_proj if self.config.mla_q_lora_rank is None else self.q_b_proj
         query = split_heads(up_projection(query_input), self.num_heads)  # (B, H, T, d)
-        c_kv = self.W_dkv(attention_input)[:, None]  # (B, 1, T, C)
+        if self.rope_dim == 0:
+            return rotate(query, cos_sin)
+        q_rope = rotate(split_heads(self.W_qr(query_input), self.num_heads), cos_sin)  # (B, H, T, R)
+        return torch.cat([query, q_rope], dim=-1)
+
+    def remember(self, attention_input: Tensor, cos_sin: CosSin, rotate: Rotate = rotate) -> tuple[Tensor, Tensor]:
+        """What is cached of a row: `c_kv (B, 1, T, C)` and, rotated, `k_rope (B, 1, T, R)`."""
+        c_kv = self.W_dkv(attention_input)[:, None]
         if self.config.mla_use_kv_norm:
             c_kv = self.kv_norm(c_kv)
         if self.rope_dim == 0:
-            return rotate(query, cos_sin), (c_kv, c_kv[..., :0])
-        q_rope = rotate(split_heads(self.W_qr(query_input), self.num_heads), cos_sin)  # (B, H, T, R)
-        k_rope = rotate(self.W_kr(attention_input)[:, None], cos_sin)  # (B, 1, T, R)
-        return torch.cat([query, q_rope], dim=-1), (c_kv, k_rope)
+            return c_kv, c_kv[..., :0]
+        return c_kv, rotate(self.W_kr(attention_input)[:, None], cos_sin)
 
-    def expand(self, memory: tuple[Tensor, Tensor], cos_sin: CosSin) -> tuple[Tensor, Tensor]:
+    def expand(self, memory: tuple[Tensor, Tensor], cos_sin: CosSin, rotate: Rotate = rotate) -> tuple[Tensor, Tensor]:
         """Keys `(B, G, K, d + R)` and values `(B, G, K, d)` of cached positions; `cos_sin` is RoPE at these."""
         values = split_heads(self.W_uv(memory[0][:, 0]), self.num_key_value_heads)
-        return self._keys(memory, cos_sin), values
+        return self._keys(memory, cos_sin, rotate), values
 
     def forward(
         self,
@@ -238,7 +253,7 @@ class LatentAttention(nn.Module):
 
         **Effects**: appends the rows' `c_kv` and `k_rope` to `past_key_values`.
         """
-        query, memory = self.project(attention_input, cos_sin)
+        query, memory = self.ask(attention_input, cos_sin), self.remember(attention_input, cos_sin)
         if past_key_values is not None:
             memory = past_key_values.update(*memory, self.layer_idx)
         attend = self.attend_absorbed if self.absorbing_is_cheaper(query.shape[2]) else self.attend_expanded
@@ -268,13 +283,13 @@ class LatentAttention(nn.Module):
             key = self._keys(memory, key_cos_sin)  # (B, G, K, d)
         else:
             q_nope, q_rope = query.split([self.head_dim, self.rope_dim], dim=-1)
-            w_uk = self.W_uk.weight.view(self.num_key_value_heads, self.head_dim, self.latent_dim)
+            w_uk = matrix(self.W_uk, c_kv).view(self.num_key_value_heads, self.head_dim, self.latent_dim)
             q_latent = torch.einsum("bgnqd,gdc->bgnqc", self._by_group(q_nope), w_uk)
             query = torch.cat([q_latent.flatten(1, 2), q_rope], dim=-1)  # (B, H, Q, C + R)
             key = torch.cat([c_kv, k_rope], dim=-1)  # (B, 1, K, C + R)
         value = c_kv.expand(-1, key.shape[1], -1, -1)
         latents = self._kernel(query, key, value, mask, self.scaling)  # (B, H, Q, C)
-        w_uv = self.W_uv.weight.view(self.num_key_value_heads, self.head_dim, self.latent_dim)
+        w_uv = matrix(self.W_uv, c_kv).view(self.num_key_value_heads, self.head_dim, self.latent_dim)
         return torch.einsum("bgnqc,gdc->bgnqd", self._by_group(latents), w_uv).flatten(1, 2)
 
     def output(self, heads: Tensor) -> Tensor:
@@ -285,7 +300,7 @@ class LatentAttention(nn.Module):
     def _kernel(self):
         return ATTENTION_KERNELS[self.config._attn_implementation]
 
-    def _keys(self, memory: tuple[Tensor, Tensor], cos_sin: CosSin) -> Tensor:
+    def _keys(self, memory: tuple[Tensor, Tensor], cos_sin: CosSin, rotate: Rotate = rotate) -> Tensor:
         c_kv, k_rope = memory
         keys = split_heads(self.W_uk(c_kv[:, 0]), self.num_key_value_heads)  # (B, G, K, d)
         if self.rope_dim == 0:
@@ -312,14 +327,16 @@ class GroupedQueryAttention(nn.Module):
         self.v_proj = nn.Linear(input_size, self.num_key_value_heads * config.head_dim, bias=False)
         self.o_proj = nn.Linear(self.num_heads * config.head_dim, config.hidden_size, bias=False)
 
-    def project(self, attention_input: Tensor, cos_sin: CosSin) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """As [`LatentAttention.project`]; the memory is `(key, value)`, each `(B, G, T, d)`."""
-        query = rotate(split_heads(self.q_proj(attention_input), self.num_heads), cos_sin)
-        key = rotate(split_heads(self.k_proj(attention_input), self.num_key_value_heads), cos_sin)
-        value = split_heads(self.v_proj(attention_input), self.num_key_value_heads)
-        return query, (key, value)
+    def ask(self, attention_input: Tensor, cos_sin: CosSin, rotate: Rotate = rotate) -> Tensor:
+        """As [`LatentAttention.ask`]; the query is `(B, H, T, d)`."""
+        return rotate(split_heads(self.q_proj(attention_input), self.num_heads), cos_sin)
 
-    def expand(self, memory: tuple[Tensor, Tensor], cos_sin: CosSin) -> tuple[Tensor, Tensor]:
+    def remember(self, attention_input: Tensor, cos_sin: CosSin, rotate: Rotate = rotate) -> tuple[Tensor, Tensor]:
+        """As [`LatentAttention.remember`]: `(key, value)`, each `(B, G, T, d)`."""
+        key = rotate(split_heads(self.k_proj(attention_input), self.num_key_value_heads), cos_sin)
+        return key, split_heads(self.v_proj(attention_input), self.num_key_value_heads)
+
+    def expand(self, memory: tuple[Tensor, Tensor], cos_sin: CosSin, rotate: Rotate = rotate) -> tuple[Tensor, Tensor]:
         """The memory itself: it holds rotated keys and values."""
         return memory
 
@@ -332,7 +349,7 @@ class GroupedQueryAttention(nn.Module):
         past_key_values: Cache | None = None,
     ) -> Tensor:
         """As [`LatentAttention.forward`]. **Effects**: appends keys and values to `past_key_values`."""
-        query, memory = self.project(attention_input, cos_sin)
+        query, memory = self.ask(attention_input, cos_sin), self.remember(attention_input, cos_sin)
         if past_key_values is not None:
             memory = past_key_values.update(*memory, self.layer_idx)
         kernel = ATTENTION_KERNELS[self.config._attn_implementation]
@@ -351,8 +368,20 @@ def attention_input_size(config: Eagle3MLAConfig, layer_idx: int) -> int:
 def kv_norm(config: Eagle3MLAConfig) -> nn.Module:
     """The norm on the latent."""
     if config.mla_kv_norm_type == "rms_norm":
-        return nn.RMSNorm(config.mla_latent_dim, eps=config.rms_norm_eps)
+        return Eagle3MLARMSNorm(config.mla_latent_dim, eps=config.rms_norm_eps)
     return nn.LayerNorm(config.mla_latent_dim, eps=config.rms_norm_eps)
+
+
+def matrix(projection: nn.Module, like: Tensor) -> Tensor:
+    """The matrix `(out, in)` by which `projection` multiplies tensors such as `like (..., in)`, adapters included.
+
+    `weight` says it for a plain `nn.Linear` only: with an adapter around it, or packed into few bits, it is not what
+    the module computes. So any other module is asked: the image of the identity is its matrix, transposed.
+    """
+    if type(projection) is nn.Linear:
+        return projection.weight
+    identity = torch.eye(like.shape[-1], device=like.device, dtype=like.dtype)
+    return projection(identity).transpose(0, 1).contiguous()
 
 
 def split_heads(states: Tensor, num_heads: int) -> Tensor:
@@ -375,18 +404,26 @@ class Eagle3MLAMLP(nn.Module):
 
 
 class Eagle3MLADecoderLayer(nn.Module):
-    """One layer of the draft (arXiv:2503.01840, section 3.1); the residual is the raw state."""
+    """
+    One layer of the draft (arXiv:2503.01840, section 3.1); the residual is the raw state.
+
+    With `embed_residual` the first layer adds `embed_proj(input_layernorm(embed))` to it, so that a row's own token
+    need not pass through the latent.
+    """
 
     def __init__(self, config: Eagle3MLAConfig, layer_idx: int):
         super().__init__()
         attention = LatentAttention if config.attention_type == "mla" else GroupedQueryAttention
         self.self_attn = attention(config, layer_idx)
         self.mlp = Eagle3MLAMLP(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.input_layernorm = Eagle3MLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         if layer_idx == 0:
-            self.hidden_norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.hidden_norm = Eagle3MLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        if layer_idx == 0 and config.embed_residual:
+            self.embed_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.post_attention_layernorm = Eagle3MLARMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.is_first = layer_idx == 0
+        self.takes_embedding = self.is_first and config.embed_residual
 
     def attention_input(self, inputs_embeds: Tensor, states: Tensor) -> Tensor:
         """`(B, T, D)` twice -> `(B, T, 2D)` in the first layer, `(B, T, D)` in later ones."""
@@ -394,12 +431,19 @@ class Eagle3MLADecoderLayer(nn.Module):
             return self.input_layernorm(states)
         return torch.cat([self.input_layernorm(inputs_embeds), self.hidden_norm(states)], dim=-1)
 
+    def residual(self, attention_input: Tensor, states: Tensor) -> Tensor:
+        """What the output of the attention is added to, `(B, T, D)`."""
+        if not self.takes_embedding:
+            return states
+        return states + self.embed_proj(attention_input[..., : states.shape[-1]])
+
     def feed_forward(self, states: Tensor) -> Tensor:
         """The second half of the layer, residual included."""
         return states + self.mlp(self.post_attention_layernorm(states))
 
     def forward(self, inputs_embeds: Tensor, states: Tensor, **attention) -> Tensor:
-        states = states + self.self_attn(self.attention_input(inputs_embeds, states), **attention)
+        attention_input = self.attention_input(inputs_embeds, states)
+        states = self.residual(attention_input, states) + self.self_attn(attention_input, **attention)
         return self.feed_forward(states)
 
 
@@ -537,11 +581,11 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
         if config.owns_embeddings:
             self.embed_tokens = nn.Embedding(config.vocab_size, hidden_size)
         if config.fc_norm:
-            norms = [nn.RMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in range(3)]
+            norms = [Eagle3MLARMSNorm(config.target_hidden_size, eps=config.rms_norm_eps) for _ in range(3)]
             self.fc_norm = nn.ModuleList(norms)
         self.fc = nn.Linear(3 * config.target_hidden_size, hidden_size, bias=False)
         self.layers = nn.ModuleList(Eagle3MLADecoderLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = nn.RMSNorm(hidden_size, eps=config.rms_norm_eps)
+        self.norm = Eagle3MLARMSNorm(hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(hidden_size, config.draft_vocab_size, bias=False)
         self.rotary_emb = Eagle3MLARotaryEmbedding(config)
         self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.long))
@@ -643,6 +687,14 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
         """Logits `(B, T, Vd)` of the last layer's states `(B, T, D)`, and the states to feed back."""
         normed = self.norm(states)
         return self.lm_head(normed), normed if self.config.norm_output else states
+
+    def get_input_embeddings(self) -> nn.Embedding | None:
+        """The draft's own token embeddings, `None` where it reads the target's."""
+        return self.embed_tokens if self.config.owns_embeddings else None
+
+    def get_output_embeddings(self) -> None:
+        """None: the rows of `lm_head` are draft ids, which nobody may tie, resize or save with an adapter."""
+        return None
 
     def embed(self, input_ids: Tensor, target: PreTrainedModel) -> Tensor:
         """Embeddings `(B, T, D)` of target ids `(B, T)`: the target's own, unless the draft carries some."""

@@ -7,6 +7,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton kernels run in its interpreter. Before triton.
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from transformers import LlamaConfig, LlamaForCausalLM
 
 TINY_VOCAB_SIZE = 32

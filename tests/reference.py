@@ -37,6 +37,8 @@ def reference_layer(config, weights, prefix, embeds, states, is_first):
         attention_input = torch.cat([normed_embeds, normed_states], dim=-1)
     else:
         attention_input = rms_norm(states, weights[prefix + "input_layernorm.weight"], eps)
+    if is_first and config.embed_residual:
+        states = states + normed_embeds @ weights[prefix + "embed_proj.weight"].T
     project = project_mla if config.attention_type == "mla" else project_gqa
     queries, keys, values = project(config, weights, prefix + "self_attn.", attention_input)
     states = states + causal_heads(queries, keys, values) @ weights[prefix + "self_attn.o_proj.weight"].T

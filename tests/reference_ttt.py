@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
-from eagle3_mla.training.ttt import TTTDraftModel, taught_positions
+from eagle3_mla.training.ttt import TTTDraftModel
 
 VOCAB_SIZE = 40
 DRAFT_VOCAB_SIZE = 24
@@ -107,7 +107,7 @@ def write_conversations(path: Path, conversations=None) -> Path:
 
 class Documents:
     """
-    A batch of random tokens, states and teacher logits in fp64, laid out by `document_ids`.
+    A batch of random tokens and states in fp64, laid out by `document_ids`, with a linear target head.
 
     The same seed gives a document the same content wherever it lies, so that layouts can be compared.
 
@@ -119,28 +119,31 @@ class Documents:
 
     def __init__(self, draft: TTTDraftModel, layout: list[list[tuple[int, int, int]]]):
         rows = [[self._document(draft, index, *spec) for index, spec in enumerate(row)] for row in layout]
-        fields = ("document_ids", "loss_mask", "input_ids", "inputs_embeds", "aux_hidden_states", "logits", "tokens")
-        joined = {name: torch.stack([torch.cat([part[name] for part in row]) for row in rows]) for name in fields}
+        joined = {name: torch.stack([torch.cat([part[name] for part in row]) for row in rows]) for name in rows[0][0]}
         self.document_ids, self.loss_mask = joined["document_ids"], joined["loss_mask"]
         self.input_ids, self.inputs_embeds = joined["input_ids"], joined["inputs_embeds"]
-        self.aux_hidden_states = joined["aux_hidden_states"]
-        taught = taught_positions(self.loss_mask, self.document_ids)
-        self.teacher_logits, self.teacher_tokens = joined["logits"][taught], joined["tokens"][taught]
+        self.aux_hidden_states, self.last_hidden_states = joined["aux_hidden_states"], joined["last_hidden_states"]
+        sizes = draft.config.vocab_size, draft.config.target_hidden_size
+        self.head = torch.randn(*sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+    def target_logits(self, states: Tensor) -> Tensor:
+        return states @ self.head.T
 
     def unroll(self, draft: TTTDraftModel, num_ttt_steps: int):
         arguments = (self.inputs_embeds, self.aux_hidden_states, self.loss_mask, self.document_ids)
         return draft.unroll(*arguments, num_ttt_steps)
 
-    def run(self, draft: TTTDraftModel, step_weights: list[float]):
+    def run(self, draft: TTTDraftModel, step_weights: list[float], **kwargs):
         return draft(
             input_ids=self.input_ids,
             inputs_embeds=self.inputs_embeds,
             aux_hidden_states=self.aux_hidden_states,
-            teacher_logits=self.teacher_logits,
-            teacher_tokens=self.teacher_tokens,
+            last_hidden_states=self.last_hidden_states,
+            target_logits=self.target_logits,
             loss_mask=self.loss_mask,
             document_ids=self.document_ids,
             step_weights=torch.tensor(step_weights, dtype=torch.float64),
+            **kwargs,
         )
 
     @staticmethod
@@ -157,8 +160,7 @@ class Documents:
             "input_ids": torch.randint(config.vocab_size, (num_tokens,), generator=generator),
             "inputs_embeds": normal(config.hidden_size),
             "aux_hidden_states": normal(3 * config.target_hidden_size),
-            "logits": normal(config.draft_vocab_size),
-            "tokens": torch.randint(config.vocab_size, (num_tokens,), generator=generator),
+            "last_hidden_states": normal(config.target_hidden_size),
         }
 
 

@@ -25,6 +25,7 @@ VARIANTS = {
     "mla-G1": {"num_key_value_heads": 1},
     "mla-2-layers": {"num_hidden_layers": 2},
     "mla-eagle3.1": {"fc_norm": True, "norm_output": True},
+    "mla-embed-residual": {"embed_residual": True},
     "gqa": {"attention_type": "gqa"},
 }
 VARIANT = pytest.mark.parametrize("fields", VARIANTS.values(), ids=VARIANTS.keys())
@@ -102,7 +103,8 @@ def test_rows_read_in_pieces_with_the_cache_equal_rows_read_at_once(fields, kern
 def test_absorbed_attention_equals_expanded_attention(fields, kernel):
     attention = make_draft(kernel, **fields).layers[0].self_attn
     cos_sin = make_draft(**fields).rotary_emb(torch.arange(9)[None], torch.float64)
-    query, memory = attention.project(torch.randn(2, 9, 64, dtype=torch.float64), cos_sin)
+    attention_input = torch.randn(2, 9, 64, dtype=torch.float64)
+    query, memory = attention.ask(attention_input, cos_sin), attention.remember(attention_input, cos_sin)
     for num_queries in (1, 3, 9):
         arguments = query[:, :, -num_queries:], memory, cos_sin, None
         absorbed, expanded = attention.attend_absorbed(*arguments), attention.attend_expanded(*arguments)

@@ -27,21 +27,25 @@ def random_inputs(shape, num_own_keys: int, batch_size=2, num_tokens=9, dtype=to
     num_heads, num_groups, head_dim, rope_dim = shape
     generator = torch.Generator().manual_seed(0)
 
-    def normal(num_heads: int, width: int):
-        tensor = torch.randn(batch_size, num_heads, num_tokens, width, dtype=torch.float64, generator=generator)
+    def normal(*shape: int):
+        tensor = torch.randn(*shape, dtype=torch.float64, generator=generator)
         return tensor.to(device, dtype).requires_grad_()
 
-    return {
-        "query": normal(num_heads, head_dim + rope_dim),
-        "key": normal(num_groups, head_dim + rope_dim),
-        "value": normal(num_groups, head_dim),
-        "own_keys": [normal(num_groups, head_dim + rope_dim) for _ in range(num_own_keys)],
-        "own_values": [normal(num_groups, head_dim) for _ in range(num_own_keys)],
+    inputs = {
+        "query": normal(batch_size, num_heads, num_tokens, head_dim + rope_dim),
+        "key": normal(batch_size, num_groups, num_tokens, head_dim + rope_dim),
+        "value": normal(batch_size, num_groups, num_tokens, head_dim),
+    }
+    if num_own_keys == 0:
+        return inputs | {"own_keys": None, "own_values": None}
+    return inputs | {
+        "own_keys": normal(num_own_keys, batch_size, num_groups, num_tokens, head_dim + rope_dim),
+        "own_values": normal(num_own_keys, batch_size, num_groups, num_tokens, head_dim),
     }
 
 
 def leaves(inputs: dict) -> list[torch.Tensor]:
-    return [inputs["query"], inputs["key"], inputs["value"], *inputs["own_keys"], *inputs["own_values"]]
+    return [tensor for tensor in inputs.values() if tensor is not None]
 
 
 def joint_output(backend: str, inputs: dict, document_ids: torch.Tensor) -> torch.Tensor:
@@ -106,14 +110,8 @@ def test_half_precision_sdpa_is_as_exact_as_half_precision_eager():
     inputs = random_inputs((4, 2, 64, 0), 3, num_tokens=64)
     document_ids = torch.ones(2, 64, dtype=torch.long)
     with torch.no_grad():
-        half = {
-            name: [part.bfloat16() for part in value] if isinstance(value, list) else value.bfloat16()
-            for name, value in inputs.items()
-        }
-        exact_inputs = {
-            name: [part.double() for part in value] if isinstance(value, list) else value.double()
-            for name, value in half.items()
-        }
+        half = {name: tensor.bfloat16() for name, tensor in inputs.items()}
+        exact_inputs = {name: tensor.double() for name, tensor in half.items()}
         mask = step_zero_mask("eager", document_ids)
         exact = joint_attention("eager", **exact_inputs, mask=mask, scaling=6.0)
         eager = joint_attention("eager", **half, mask=mask, scaling=6.0)

@@ -14,10 +14,9 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from eagle3_mla.training import target as target_module
 from eagle3_mla.training.initialization import initialize_from_target, is_plain_rms_norm
-from eagle3_mla.training.target import Teacher, check_logits_can_be_chunked
-from eagle3_mla.training.ttt import TTTDraftModel, taught_positions
+from eagle3_mla.training.target import Teacher, check_logits_can_be_chunked, keeps_documents_apart
+from eagle3_mla.training.ttt import TTTDraftModel
 
 SIZES = {
     "vocab_size": 40,
@@ -39,37 +38,65 @@ FAMILIES = {
 }
 
 
-def batch(side: str = "right"):
-    torch.manual_seed(1)
-    input_ids = torch.randint(1, 40, (3, 11))
-    document_ids = torch.ones_like(input_ids)
-    document_ids[1, 7:] = 0
-    if side == "left":
-        document_ids = document_ids.flip(1)
-    loss_mask = document_ids.clone()
-    loss_mask[:, :3] = 0
-    return input_ids, document_ids, taught_positions(loss_mask, document_ids)
+LAYOUTS = {
+    "right-padded": [[1] * 11, [1] * 7 + [0] * 4],
+    "left-padded": [[1] * 11, [0] * 4 + [1] * 7],
+    "packed": [[1] * 4 + [2] * 5 + [0] * 2, [1] * 3 + [2] * 1 + [3] * 7],
+}
 
 
-@pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("chunk_rows", [4, 1024])
-def test_the_lesson_is_what_the_target_says(side, chunk_rows, monkeypatch):
-    monkeypatch.setattr(target_module, "CHUNK_ROWS", chunk_rows)
-    target, draft = tiny_target().double(), tiny_draft()
-    input_ids, document_ids, taught = batch(side)
-    lesson = Teacher(target, draft).teach(input_ids, document_ids, taught)
-    expected = target(input_ids=input_ids, attention_mask=document_ids, output_hidden_states=True)
-    logits = expected.logits[taught]
-    torch.testing.assert_close(lesson.logits, logits[:, draft.t2d], atol=1e-10, rtol=1e-10)
-    assert torch.equal(lesson.tokens, logits.argmax(dim=-1))
-    states = torch.cat([expected.hidden_states[i] for i in draft.config.eagle_aux_hidden_state_layer_ids], dim=-1)
-    valid = document_ids.bool()
-    torch.testing.assert_close(lesson.aux_hidden_states[valid], states[valid], atol=1e-10, rtol=1e-10)
+def batch(layout: str = "right-padded") -> dict[str, torch.Tensor]:
+    document_ids = torch.tensor(LAYOUTS[layout])
+    input_ids = torch.randint(1, 40, document_ids.shape, generator=torch.Generator().manual_seed(1))
+    return {"input_ids": input_ids, "document_ids": document_ids}
+
+
+def documents(batch: dict[str, torch.Tensor]):
+    """Index of every document in the batch, as `(row, columns)`."""
+    for row, document_ids in enumerate(batch["document_ids"]):
+        for document in range(1, int(document_ids.max()) + 1):
+            yield row, (document_ids == document).nonzero().squeeze(1)
+
+
+@torch.no_grad()
+def check_lesson(teacher: Teacher, target, batch: dict[str, torch.Tensor]) -> None:
+    """Every document is read as if it were alone."""
+    lesson, layer_ids = teacher.lesson(batch), teacher.draft.config.eagle_aux_hidden_state_layer_ids
+    for row, columns in documents(batch):
+        expected = target(input_ids=batch["input_ids"][row, columns][None], output_hidden_states=True)
+        states = torch.cat([expected.hidden_states[i] for i in layer_ids], dim=-1)[0]
+        torch.testing.assert_close(lesson.aux_hidden_states[row, columns], states, atol=1e-10, rtol=1e-10)
+        logits = teacher.logits(lesson.last_hidden_states[row, columns])
+        torch.testing.assert_close(logits, expected.logits[0], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_lesson_is_what_the_target_says(layout):
+    target = tiny_target().double()
+    check_lesson(Teacher(target, tiny_draft()), target, batch(layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_target_that_mixes_packed_documents_reads_them_one_by_one(layout, monkeypatch, caplog):
+    target = FAMILIES["projected"]().eval().double()  # OPT counts positions by its attention mask
+    monkeypatch.setattr("eagle3_mla.training.target.keeps_documents_apart", lambda target: False)
+    check_lesson(Teacher(target, tiny_draft()), target, batch(layout))
+    assert ("reads them one by one" in caplog.text) == (layout != "right-padded")
+
+
+def test_a_target_is_tried_before_documents_are_packed_for_it(monkeypatch):
+    target = tiny_target().double()
+    assert keeps_documents_apart(target)
+    forward = type(target.model).forward
+    monkeypatch.setattr(
+        type(target.model), "forward", lambda self, position_ids=None, **kwargs: forward(self, **kwargs)
+    )
+    assert not keeps_documents_apart(target)
 
 
 def test_no_gradient_flows_into_the_target():
-    lesson = Teacher(tiny_target().double(), tiny_draft()).teach(*batch())
-    assert not any(tensor.requires_grad for tensor in (lesson.aux_hidden_states, lesson.logits))
+    lesson = Teacher(tiny_target().double(), tiny_draft()).lesson(batch())
+    assert not any(tensor.requires_grad for tensor in (lesson.aux_hidden_states, lesson.last_hidden_states))
 
 
 @torch.no_grad()
@@ -77,12 +104,13 @@ def test_no_gradient_flows_into_the_target():
 def test_logits_that_a_family_transforms_are_chunked_rightly(family):
     torch.manual_seed(0)
     target = FAMILIES[family]().eval()
-    input_ids, document_ids, taught = batch()
+    inputs = batch()
     check_logits_can_be_chunked(target)
-    draft = TTTDraftModel(tiny_config(draft_vocab_size=40))
-    lesson = Teacher(target, draft).teach(input_ids, document_ids, taught)
-    expected = target(input_ids=input_ids, attention_mask=document_ids).logits[taught]
-    torch.testing.assert_close(lesson.logits, expected, atol=1e-5, rtol=1e-4)
+    teacher = Teacher(target, TTTDraftModel(tiny_config(draft_vocab_size=40)))
+    valid = inputs["document_ids"].bool()
+    expected = target(input_ids=inputs["input_ids"], attention_mask=valid.long()).logits
+    actual = teacher.logits(teacher.lesson(inputs).last_hidden_states)
+    torch.testing.assert_close(actual[valid], expected[valid], atol=1e-5, rtol=1e-4)
 
 
 def test_a_transformation_that_is_not_known_is_refused(monkeypatch):
@@ -122,7 +150,7 @@ def test_keys_and_values_start_as_large_as_those_of_a_standard_head():
         draft = TTTDraftModel(tiny_config(attention_type=attention_type, mla_latent_dim=16, **sizes))
         initialize_from_target(draft, tiny_target())
         attention, cos_sin = draft.layers[0].self_attn, draft.rotary_emb(torch.arange(200)[None], torch.float32)
-        _, memory = attention.project(attention_input, cos_sin)
+        memory = attention.remember(attention_input, cos_sin)
         values[attention_type] = [part.std().item() for part in attention.expand(memory, cos_sin)]
     assert values["mla"] == pytest.approx(values["gqa"], rel=0.15)
 

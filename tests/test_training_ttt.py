@@ -4,17 +4,18 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference_ttt import ATTENTION, Documents, decode_one_row, tiny_config, tiny_draft, visited_pairs
 
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
-from eagle3_mla.training.ttt import (
-    TTTDraftModel,
+from eagle3_mla.training.documents import (
     count_supervised_rows,
+    document_lengths,
     document_positions,
-    shift_left,
     supervised_rows,
     taught_positions,
 )
+from eagle3_mla.training.ttt import TTTDraftModel, shift_left
 
 NUM_TTT_STEPS = 4
 WEIGHTS = [1.0, 0.8, 0.64, 0.512]
@@ -27,6 +28,7 @@ LAYOUTS = {
 }
 VARIANTS = {name: {**fields, "norm_output": False} for name, fields in ATTENTION.items()} | {
     "two-layers": {"num_hidden_layers": 2, "mla_latent_dim": 12},
+    "embed-residual": {"embed_residual": True, "mla_latent_dim": 12, "num_hidden_layers": 2},
     "eagle-3.1": {"fc_norm": True, "norm_output": True, "mla_latent_dim": 12},
 }
 
@@ -44,6 +46,19 @@ def loss_and_gradients(draft: TTTDraftModel, documents: Documents) -> tuple[torc
     return loss.detach(), {name: weight.grad.clone() for name, weight in draft.named_parameters()}
 
 
+def saved_bytes(draft: TTTDraftModel, documents: Documents, num_steps: int) -> int:
+    """Bytes of the tensors that the forward pass keeps for the backward pass, each storage once."""
+    storages = {}
+
+    def keep(tensor):
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        documents.run(draft, WEIGHTS[:num_steps])
+    return sum(storage.nbytes() for storage in storages.values())
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("backend", ["eager", "sdpa"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -54,8 +69,8 @@ def test_row_i_at_step_k_is_what_a_decoding_draft_computes(variant, backend, lay
     batch = Documents(draft, LAYOUTS[layout])
     pairs = set()
     with torch.no_grad():
-        for ttt_step, (rows, logits) in enumerate(batch.unroll(draft, NUM_TTT_STEPS)):
-            for flat_row, row_logits in zip(rows.tolist(), logits, strict=True):
+        for ttt_step, (rows, states) in enumerate(batch.unroll(draft, NUM_TTT_STEPS)):
+            for flat_row, row_logits in zip(rows.tolist(), draft.lm_head(states), strict=True):
                 sample, position = divmod(flat_row, batch.loss_mask.shape[1])
                 document_id = batch.document_ids[sample, position]
                 document = (batch.document_ids[sample] == document_id).nonzero().squeeze(1)
@@ -121,6 +136,10 @@ def test_positions_restart_at_every_document():
     assert document_positions(document_ids).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
 
 
+def test_lengths_of_documents_and_padding_add_up_to_the_batch():
+    assert document_lengths(torch.tensor([[0, 0, 7, 7, 7, 2], [2, 2, 2, 1, 1, 1]])).tolist() == [2, 3, 1, 3, 3]
+
+
 def test_shift_left_fills_with_zeros_also_beyond_the_length():
     inputs_embeds = torch.tensor([[[1.0], [2.0], [3.0]]])
     assert shift_left(inputs_embeds, 1).flatten().tolist() == [2, 3, 0]
@@ -148,6 +167,27 @@ def test_backends_give_one_loss_and_one_gradient(attention):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_recomputing_the_steps_changes_neither_loss_nor_gradient(variant):
+    draft = tiny_draft(**VARIANTS[variant])
+    kept = loss_and_gradients(draft, Documents(draft, LAYOUTS["packed"]))
+    draft.gradient_checkpointing_enable()
+    recomputed = loss_and_gradients(draft, Documents(draft, LAYOUTS["packed"]))
+    torch.testing.assert_close(recomputed, kept, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("attention", ATTENTION)
+def test_what_a_step_keeps_grows_with_the_latent_and_not_with_the_heads(attention):
+    """Keys and values of every step, kept for the backward pass, would cost more than a standard head's cache."""
+    kept = {}
+    for num_heads in (4, 8):
+        draft = tiny_draft(**ATTENTION[attention], num_attention_heads=num_heads)
+        batch = Documents(draft, [[(1, 60, 2)]])
+        sizes = [saved_bytes(draft, batch, num_steps) for num_steps in (2, 4)]
+        kept[num_heads] = (sizes[1] - sizes[0]) / 2
+    assert kept[4] == kept[8]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_reach_every_parameter(variant):
     draft = tiny_draft(**VARIANTS[variant])
     _, gradients = loss_and_gradients(draft, Documents(draft, LAYOUTS["right-padded"]))
@@ -169,10 +209,11 @@ def test_hits_are_counted_against_the_full_vocabulary():
     draft = tiny_draft()
     batch = Documents(draft, [[FIRST]])
     with torch.no_grad():
-        best = draft.draft_to_target(next(batch.unroll(draft, 1))[1].argmax(dim=-1))
+        best = draft.draft_to_target(draft.lm_head(next(batch.unroll(draft, 1))[1]).argmax(dim=-1))
     outside = int((~draft.t2d).nonzero()[0])
-    batch.teacher_tokens = best.clone()
-    batch.teacher_tokens[2] = outside
+    top = best.clone()
+    top[2] = outside
+    batch.target_logits = lambda states: F.one_hot(top, draft.config.vocab_size).double() * 9.0
     output = batch.run(draft, WEIGHTS)
     assert output.hits[0] == output.num_supervised[0] - 1
     assert output.num_supervised.tolist() == [7, 6, 5, 4]

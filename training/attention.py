@@ -11,8 +11,7 @@ the same where no log-sum-exp can be had: the own keys enter as one virtual key,
 whose value reports the probability that it received.
 
 Documents are numbered from 1 in `document_ids (B, T)`; padding is document 0. A row attends within its document, so
-that padding rows see padding and no row is ever left without a key. An attention mask of zeros and ones is the case
-of one document.
+that padding rows see padding and no row is ever left without a key.
 
 Shapes: B batch, T tokens, H heads, G key-value heads, d head dimension, R rope dimension, k own keys per row.
 """
@@ -23,9 +22,15 @@ import logging
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from .documents import document_starts
+from .own_attention import own_attention, own_output, own_scores
 
 logger = logging.getLogger(__name__)
+
+# Rows and columns of the blocks that FlexAttention computes or skips.
+BLOCK_SIZE = 128
 
 
 def is_plain_causal(document_ids: Tensor) -> bool:
@@ -38,59 +43,71 @@ def document_visibility(document_ids: Tensor) -> Tensor:
     """True where a row `i` (third axis) sees the step-0 key `j` (last axis), `(B, 1, T, T)`."""
     num_tokens = document_ids.shape[1]
     causal = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=document_ids.device).tril()
-    return (causal & (document_ids[:, :, None] == document_ids[:, None, :])).unsqueeze(1)
+    starts = document_starts(document_ids).cumsum(dim=1)
+    return (causal & (starts[:, :, None] == starts[:, None, :])).unsqueeze(1)
 
 
-def own_scores(query: Tensor, own_keys: list[Tensor], scaling: float) -> Tensor:
-    """Scores of a row against its own keys, `(B, H, T, k)`, in float32 or wider.
+def document_block_mask(document_ids: Tensor) -> BlockMask:
+    """The same as a `BlockMask`, from the first and last document of each block: no `(T, T)` tensor is made."""
+    batch_size, num_tokens = document_ids.shape
+    documents = document_starts(document_ids).cumsum(dim=1)  # rising by 1 from document to document
 
-    Products and sums instead of matrix products: one query per key leaves nothing to reuse, and a batched product of
-    that shape is ten times slower on a CPU.
-    """
-    grouped = _group_heads(query, own_keys[0].shape[1])  # (B, G, H/G, T, d + R)
-    dtype = _softmax_dtype(query)
-    scores = [(grouped * key.unsqueeze(2)).sum(dim=-1, dtype=dtype) for key in own_keys]
-    return torch.stack(scores, dim=-1).flatten(1, 2) * scaling
+    def sees(batch, head, row, column):
+        return (column <= row) & (documents[batch, row] == documents[batch, column])
+
+    num_blocks = -(-num_tokens // BLOCK_SIZE)
+    padded = F.pad(documents, (0, num_blocks * BLOCK_SIZE - num_tokens), value=-1).view(batch_size, num_blocks, -1)
+    first, last = documents[:, ::BLOCK_SIZE], padded.amax(dim=-1)  # (B, blocks)
+    before = torch.ones(num_blocks, num_blocks, dtype=torch.bool, device=documents.device).tril(diagonal=-1)
+    diagonal = torch.eye(num_blocks, dtype=torch.bool, device=documents.device)
+    # A block of keys is seen if its last document is the first one of a later block of rows, by all if there is one.
+    shared = before & (last[:, None, :] == first[:, :, None])
+    is_whole = (first == last) & (padded[..., -1] >= 0)
+    whole = shared & is_whole[:, None, :] & is_whole[:, :, None]
+    return BlockMask.from_kv_blocks(
+        *_listed_blocks((shared & ~whole) | diagonal),
+        *_listed_blocks(whole),
+        BLOCK_SIZE=BLOCK_SIZE,
+        mask_mod=sees,
+        seq_lengths=(num_tokens, num_tokens),
+    )
 
 
-def own_output(probs: Tensor, own_values: list[Tensor]) -> Tensor:
-    """Sum of a row's own values, weighted by `probs (B, H, T, k)`: `(B, H, T, d)`."""
-    grouped = _group_heads(probs, own_values[0].shape[1])  # (B, G, H/G, T, k)
-    pairs = zip(grouped.unbind(-1), own_values, strict=True)
-    terms = [weight.unsqueeze(-1) * value.unsqueeze(2) for weight, value in pairs]
-    return sum(terms).flatten(1, 2)
+def _listed_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of rows has, and which come first: `(B, 1, n)` and `(B, 1, n, n)`."""
+    counts = blocks.sum(dim=-1, dtype=torch.int32)
+    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return counts.unsqueeze(1), order.unsqueeze(1).contiguous()
 
 
 def eager_joint_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    own_keys: list[Tensor],
-    own_values: list[Tensor],
+    own_keys: Tensor | None,
+    own_values: Tensor | None,
     mask: Tensor,
     scaling: float,
 ) -> Tensor:
     """The definition: all scores side by side, one softmax. See `joint_attention`."""
-    groups = query.shape[1] // key.shape[1]
+    groups, num_tokens = query.shape[1] // key.shape[1], key.shape[2]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = (query @ key.transpose(-1, -2)).to(_softmax_dtype(query)) * scaling
+    scores = (query @ key.transpose(-1, -2)).to(torch.promote_types(query.dtype, torch.float32)) * scaling
     scores = scores.masked_fill(~mask, float("-inf"))  # (B, H, T, T)
-    if own_keys:
-        scores = torch.cat([scores, own_scores(query, own_keys, scaling)], dim=-1)  # (B, H, T, T + k)
-    probs = scores.softmax(dim=-1).to(query.dtype)
-    num_tokens = key.shape[2]
-    output = probs[..., :num_tokens] @ value
-    if own_keys:
-        output = output + own_output(probs[..., num_tokens:], own_values)
-    return output
+    if own_keys is None:
+        return scores.softmax(dim=-1).to(query.dtype) @ value
+    beside = own_scores(query, own_keys, scaling).flatten(2, 3).movedim(0, -1)  # (B, H, T, k)
+    probs = torch.cat([scores, beside], dim=-1).softmax(dim=-1).to(query.dtype)  # (B, H, T, T + k)
+    own_probs = probs[..., num_tokens:].movedim(-1, 0).unflatten(2, (-1, groups))  # (k, B, G, H/G, T)
+    return probs[..., :num_tokens] @ value + own_output(own_probs, own_values)
 
 
 def sdpa_joint_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    own_keys: list[Tensor],
-    own_values: list[Tensor],
+    own_keys: Tensor | None,
+    own_values: Tensor | None,
     mask: Tensor | None,
     scaling: float,
 ) -> Tensor:
@@ -106,15 +123,15 @@ def sdpa_joint_attention(
     The virtual key comes first, and so does a query row that nobody reads: the plain causal mask then shows the
     virtual key to every row.
     """
-    if not own_keys:
+    if own_keys is None:
         document_mask = None if mask is None else mask[:, :, 1:, 1:]
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask=document_mask, is_causal=mask is None, scale=scaling, enable_gqa=True
         )
     key_dim, head_dim = key.shape[-1], value.shape[-1]
     width = -(-max(key_dim + 2, head_dim + 1) // 8) * 8  # the fast kernels want one width, a multiple of 8
-    scores = own_scores(query, own_keys, scaling)  # (B, H, T, k)
-    virtual_score = scores.logsumexp(dim=-1, keepdim=True) / scaling
+    own, own_lse = own_attention(query, own_keys, own_values, scaling)
+    virtual_score = own_lse.unsqueeze(-1) / scaling
     high = virtual_score.to(query.dtype)
     low = (virtual_score - high).detach().to(query.dtype)  # `high` alone carries the gradient
     query = F.pad(torch.cat([query, high, low], dim=-1), (0, width - key_dim - 2, 1, 0))  # (B, H, 1 + T, width)
@@ -125,7 +142,6 @@ def sdpa_joint_attention(
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
     )[:, :, 1:]  # (B, H, T, width)
-    own = own_output(scores.softmax(dim=-1).to(value.dtype), own_values)
     return output[..., :head_dim] + output[..., head_dim : head_dim + 1] * own
 
 
@@ -133,8 +149,8 @@ def flex_joint_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    own_keys: list[Tensor],
-    own_values: list[Tensor],
+    own_keys: Tensor | None,
+    own_values: Tensor | None,
     mask: BlockMask,
     scaling: float,
 ) -> Tensor:
@@ -150,12 +166,9 @@ def flex_joint_attention(
         return_aux=AuxRequest(lse=True),
         kernel_options={"BACKEND": "TRITON"},  # the decoding kernel, chosen below 128 queries, has no backward
     )
-    if not own_keys:
+    if own_keys is None:
         return output
-    scores = own_scores(query, own_keys, scaling)  # (B, H, T, k)
-    own_share = torch.sigmoid(scores.logsumexp(dim=-1) - aux.lse).unsqueeze(-1).to(value.dtype)
-    own = own_output(scores.softmax(dim=-1).to(value.dtype), own_values)
-    return torch.lerp(output, own, own_share)
+    return own_attention(query, own_keys, own_values, scaling, base=(output, aux.lse))[0]
 
 
 JOINT_ATTENTION = {
@@ -170,8 +183,8 @@ def joint_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    own_keys: list[Tensor],
-    own_values: list[Tensor],
+    own_keys: Tensor | None,
+    own_values: Tensor | None,
     mask: Tensor | BlockMask | None,
     scaling: float,
 ) -> Tensor:
@@ -182,8 +195,9 @@ def joint_attention(
         query (`torch.Tensor` of shape `(B, H, T, d + R)`): Queries, rotated.
         key (`torch.Tensor` of shape `(B, G, T, d + R)`): Step-0 keys, rotated.
         value (`torch.Tensor` of shape `(B, G, T, d)`): Step-0 values.
-        own_keys (`list[torch.Tensor]`): One `(B, G, T, d + R)` per later step; entry `i` is seen by row `i` only.
-        own_values (`list[torch.Tensor]`): Their values, `(B, G, T, d)` each.
+        own_keys (`torch.Tensor` of shape `(k, B, G, T, d + R)`, *optional*): Of the later steps; entry `i` along T is
+            seen by row `i` only.
+        own_values (`torch.Tensor` of shape `(k, B, G, T, d)`, *optional*): Their values.
         mask: What `step_zero_mask` returned for this backend.
         scaling (`float`): Factor on the scores.
 
@@ -192,7 +206,8 @@ def joint_attention(
     """
     dtype = _attention_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    own_keys, own_values = [own.to(dtype) for own in own_keys], [own.to(dtype) for own in own_values]
+    if own_keys is not None:
+        own_keys, own_values = own_keys.to(dtype), own_values.to(dtype)
     return JOINT_ATTENTION[backend](query, key, value, own_keys, own_values, mask, scaling)
 
 
@@ -203,7 +218,7 @@ def step_zero_mask(backend: str, document_ids: Tensor) -> Tensor | BlockMask | N
     with the virtual key and the unread query in front. `flex_attention`: a `BlockMask`.
     """
     if backend == "flex_attention":
-        return _document_block_mask(document_ids)
+        return document_block_mask(document_ids)
     if backend == "eager":
         return document_visibility(document_ids)
     if is_plain_causal(document_ids):
@@ -229,24 +244,7 @@ def _compiled_flex_attention():
     return torch.compile(flex_attention)
 
 
-def _document_block_mask(document_ids: Tensor) -> BlockMask:
-    def sees(batch, head, row, column):
-        return (column <= row) & (document_ids[batch, row] == document_ids[batch, column])
-
-    batch_size, num_tokens = document_ids.shape
-    return create_block_mask(sees, batch_size, None, num_tokens, num_tokens, device=document_ids.device)
-
-
 def _attention_dtype(query: Tensor) -> torch.dtype:
     """The autocast type inside autocast (rotary embeddings leave float32 behind), otherwise the query's own."""
     device_type = query.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else query.dtype
-
-
-def _softmax_dtype(query: Tensor) -> torch.dtype:
-    return torch.promote_types(query.dtype, torch.float32)
-
-
-def _group_heads(tensor: Tensor, num_groups: int) -> Tensor:
-    """`(B, H, ...)` as `(B, G, H/G, ...)`: the query heads that share a key-value head, side by side."""
-    return tensor.unflatten(1, (num_groups, -1))

@@ -1,21 +1,27 @@
-"""The frozen target as the draft's teacher: one forward gives the states to read and the distributions to imitate.
+"""The frozen target as the draft's teacher: its states to read, and its distributions to imitate.
 
-The distributions come from the last hidden state and the target's output embeddings, a chunk of rows at a time:
-`(T, V)` logits of a whole batch never exist at once, and only positions that teach somebody are computed.
+One forward gives the three auxiliary states and the last one. Distributions come from the last state and the target's
+output embeddings, as many rows at a time as the loss asks for: `(T, V)` logits of a whole batch never exist at once.
 
-Shapes: B batch, T tokens, Dt the target's hidden, M taught positions, V and Vd vocabularies of target and draft.
+A row of the batch may hold several documents. The target reads them side by side, with positions that restart, where
+it keeps them apart (tried once, on random tokens), and one by one as a padded batch where it does not.
+
+Shapes: B batch, T tokens, D and Dt hidden sizes of draft and target, M rows of states, V vocabulary of the target.
 """
 
+import logging
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..modeling_eagle3_mla import Eagle3MLADraftModel
+from ..modeling_eagle3_mla import AuxHiddenStates, Eagle3MLADraftModel
 from .attention import is_plain_causal
+from .documents import document_lengths, document_positions
 
-CHUNK_ROWS = 1024
+logger = logging.getLogger(__name__)
+
 NUM_VERIFIED_TOKENS = 8
 
 
@@ -26,13 +32,11 @@ class Lesson:
 
     Args:
         aux_hidden_states (`torch.Tensor` of shape `(B, T, 3 * Dt)`): States for the draft's `fc`.
-        logits (`torch.Tensor` of shape `(M, Vd)`): Logits of the draft vocabulary at the taught positions.
-        tokens (`torch.LongTensor` of shape `(M,)`): Top-1 over the full vocabulary at these positions.
+        last_hidden_states (`torch.Tensor` of shape `(B, T, Dt)`): After the final norm; `Teacher.logits` reads them.
     """
 
     aux_hidden_states: Tensor
-    logits: Tensor
-    tokens: Tensor
+    last_hidden_states: Tensor
 
 
 class Teacher:
@@ -41,7 +45,7 @@ class Teacher:
 
     Args:
         target (`PreTrainedModel`): The model to imitate, in evaluation mode.
-        draft (`Eagle3MLADraftModel`): Says which states it reads and which tokens it knows.
+        draft (`Eagle3MLADraftModel`): Says which states it reads.
 
     Raises:
         ValueError: If the draft does not fit the target, or the target's logits are not what its output embeddings and
@@ -53,6 +57,7 @@ class Teacher:
         check_logits_can_be_chunked(target)
         self.target = target
         self.draft = draft
+        self.keeps_documents_apart: bool | None = None  # tried with the first packed batch
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -60,40 +65,63 @@ class Teacher:
         return self.draft.embed(input_ids, self.target)
 
     @torch.no_grad()
-    def teach(self, input_ids: Tensor, document_ids: Tensor, taught: Tensor) -> Lesson:
+    def logits(self, states: Tensor) -> Tensor:
+        """The target's logits of last hidden states, `(M, Dt) -> (M, V)`."""
+        return target_logits(self.target, states)
+
+    @torch.no_grad()
+    def lesson(self, batch: dict[str, Tensor]) -> Lesson:
         """
         Runs the target once.
 
         Args:
-            input_ids (`torch.LongTensor` of shape `(B, T)`): The conversation.
-            document_ids (`torch.LongTensor` of shape `(B, T)`): Its attention mask.
-            taught (`torch.BoolTensor` of shape `(B, T)`): Where distributions are wanted.
+            batch (`dict[str, torch.Tensor]`): With `input_ids` and `document_ids`, each `(B, T)`.
         """
-        # Behind a prompt without padding in front, causality hides the padding, and the target's fast path stays open.
-        attention_mask = None if is_plain_causal(document_ids) else document_ids
-        with self.draft.capture_aux_hidden_states(self.target) as captured:
-            last_hidden_state = run_decoder(self.target, input_ids, attention_mask)
-        taught_states = last_hidden_state[taught.to(last_hidden_state.device)]  # (M, Dt)
-        logits, tokens = self._chunked_logits(taught_states)
-        device = self.draft.fc.weight.device
-        return Lesson(captured.take(), logits.to(device), tokens.to(device))
-
-    def _chunked_logits(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the draft vocabulary `(M, Vd)` and full top-1 `(M,)`, never more than `CHUNK_ROWS * V` at once."""
-        draft_ids = self.draft.draft_to_target(torch.arange(len(self.draft.d2t), device=self.draft.d2t.device))
-        logits, tokens = [], []
-        for chunk in states.split(CHUNK_ROWS):
-            chunk_logits = target_logits(self.target, chunk)  # (CHUNK_ROWS, V)
-            logits.append(chunk_logits[:, draft_ids.to(chunk_logits.device)])
-            tokens.append(chunk_logits.argmax(dim=-1))
-        return torch.cat(logits), torch.cat(tokens)
+        input_ids, document_ids = batch["input_ids"], batch["document_ids"]
+        captured = self.draft.capture_aux_hidden_states(self.target)
+        if is_plain_causal(document_ids):
+            # Behind a document without padding in front, causality hides the padding.
+            return read(self.target, captured, input_ids)
+        if self.keeps_documents_apart is None:
+            self.keeps_documents_apart = keeps_documents_apart(self.target)
+            if not self.keeps_documents_apart:
+                logger.warning("%s mixes packed documents: it reads them one by one.", type(self.target).__name__)
+        if self.keeps_documents_apart:
+            return read(self.target, captured, input_ids, document_positions(document_ids))
+        return read_one_by_one(self.target, captured, input_ids, document_ids)
 
 
-def run_decoder(target: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
+def read(
+    target: PreTrainedModel, captured: AuxHiddenStates, input_ids: Tensor, position_ids: Tensor | None = None
+) -> Lesson:
+    """One forward of the target; positions that restart (`(B, T)`) begin another document."""
+    with captured:
+        last_hidden_states = run_decoder(target, input_ids, position_ids=position_ids)
+    return Lesson(captured.take(), last_hidden_states)
+
+
+def read_one_by_one(
+    target: PreTrainedModel, captured: AuxHiddenStates, input_ids: Tensor, document_ids: Tensor
+) -> Lesson:
+    """Every document as a row of a right-padded batch, the states put back where the document lies."""
+    lengths = document_lengths(document_ids)  # (number of documents,)
+    inside = torch.arange(int(lengths.max()), device=input_ids.device) < lengths[:, None]
+    documents = torch.zeros_like(inside, dtype=input_ids.dtype)
+    documents[inside] = input_ids.flatten()
+    lesson = read(target, captured, documents)
+    rows, columns = input_ids.shape
+    aux, last = lesson.aux_hidden_states, lesson.last_hidden_states
+    return Lesson(
+        aux[inside.to(aux.device)].view(rows, columns, -1), last[inside.to(last.device)].view(rows, columns, -1)
+    )
+
+
+def run_decoder(target: PreTrainedModel, input_ids: Tensor, **kwargs: Tensor | None) -> Tensor:
     """Last hidden state of the target, after its final norm, `(B, T, Dt)`."""
     decoder = target.get_decoder()
     input_ids = input_ids.to(target.get_input_embeddings().weight.device)
-    return decoder(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    kwargs = {name: value.to(input_ids.device) for name, value in kwargs.items() if value is not None}
+    return decoder(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
 
 
 def target_logits(target: PreTrainedModel, states: Tensor) -> Tensor:
@@ -117,10 +145,9 @@ def check_logits_can_be_chunked(target: PreTrainedModel) -> None:
     Raises:
         ValueError: If they differ by more than rounding.
     """
-    device = target.get_input_embeddings().weight.device
-    input_ids = torch.arange(NUM_VERIFIED_TOKENS, device=device).unsqueeze(0)
+    input_ids = some_tokens(target)
     expected = target(input_ids=input_ids, use_cache=False).logits.float()
-    chunked = target_logits(target, run_decoder(target, input_ids, None)).float()
+    chunked = target_logits(target, run_decoder(target, input_ids)).float()
     tolerance = 1e-4 if target.dtype == torch.float32 else 2e-2
     difference = (chunked - expected).abs().max() / expected.abs().max()
     if not difference <= tolerance:
@@ -129,3 +156,22 @@ def check_logits_can_be_chunked(target: PreTrainedModel) -> None:
             f"(relative difference {difference:.1e}, allowed {tolerance:.0e}): it transforms them in a way that "
             "training does not know. Add that transformation to `target_logits` in training/target.py."
         )
+
+
+@torch.no_grad()
+def keeps_documents_apart(target: PreTrainedModel) -> bool:
+    """True if a document whose positions restart at 0 is read as if nothing stood before it; tried on a few tokens."""
+    document = some_tokens(target)
+    alone = run_decoder(target, document).float()
+    positions = torch.arange(NUM_VERIFIED_TOKENS, device=document.device).repeat(2)[None]
+    try:
+        behind = run_decoder(target, torch.cat([document.flip(1), document], dim=1), position_ids=positions)
+    except TypeError:  # a decoder without position_ids
+        return False
+    difference = (behind[:, NUM_VERIFIED_TOKENS:].float() - alone).abs().max() / alone.abs().max()
+    return bool(difference <= (1e-4 if target.dtype == torch.float32 else 2e-2))
+
+
+def some_tokens(target: PreTrainedModel) -> Tensor:
+    """The first tokens of the vocabulary, `(1, 8)`, where the target reads."""
+    return torch.arange(NUM_VERIFIED_TOKENS, device=target.get_input_embeddings().weight.device)[None]

@@ -9,66 +9,34 @@ equals what a draft computes that decodes k tokens with its cache after the targ
 Only the rows that a decoder can visit are supervised, and a row supervised at step k was so at all steps before.
 Nobody reads the later states of the others: they are skipped from the last layer's MLP on.
 
-Shapes: B batch, T tokens, D hidden, Dt the target's hidden, N supervised rows, M taught positions, K TTT steps,
-Vd draft vocabulary.
+Shapes: B batch, T tokens, D hidden, Dt the target's hidden, N supervised rows, M taught positions, K TTT steps, V and
+Vd vocabularies of target and draft.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
-from ..modeling_eagle3_mla import CosSin, Eagle3MLADecoderLayer, Eagle3MLADraftModel
+from ..modeling_eagle3_mla import (
+    CosSin,
+    Eagle3MLADecoderLayer,
+    Eagle3MLADraftModel,
+    GroupedQueryAttention,
+    LatentAttention,
+)
 from .attention import joint_attention, step_zero_mask, trainable_backend
-from .losses import forward_kl
+from .chunked_loss import Predictions, Teaching, chunked_loss
+from .documents import document_positions, supervised_rows, taught_positions
+from .losses import LOSSES
+from .rotary import fused_rotate
 
-
-def supervised_rows(loss_mask: Tensor, document_ids: Tensor, ttt_step: int) -> Tensor:
-    """True at (row, step) pairs that a decoder visits; `(B, T)` of bool.
-
-    Row i at step k read the tokens up to i + 1 + k and predicts the next one. All from i + 1, the token with which the
-    target began the round, must be the assistant's, and all from i in one document. With two prompt tokens (p) and
-    four of the assistant (a):
-
-        token        0 1 2 3 4 5
-                     p p a a a a
-        step 0         1 2 3          row 1 reads token 2, predicts token 3
-        step 1         1 2            row 1 reads token 3, predicts token 4
-        step 2         1              row 1 reads token 4, predicts token 5
-        step 3       none
-    """
-    num_rows = loss_mask.shape[1] - ttt_step - 2
-    supervised = torch.zeros_like(loss_mask, dtype=torch.bool)
-    if num_rows > 0:
-        produced = loss_mask[:, 1:].bool().unfold(1, ttt_step + 2, 1).all(dim=-1)  # (B, T - k - 2)
-        documents = document_ids.unfold(1, ttt_step + 3, 1)
-        supervised[:, :num_rows] = produced & (documents == documents[..., :1]).all(dim=-1)
-    return supervised
-
-
-def count_supervised_rows(loss_mask: Tensor, document_ids: Tensor, num_ttt_steps: int) -> Tensor:
-    """Supervised rows of each step, `(K,)`."""
-    counts = [supervised_rows(loss_mask, document_ids, ttt_step).sum() for ttt_step in range(num_ttt_steps)]
-    return torch.stack(counts)
-
-
-def taught_positions(loss_mask: Tensor, document_ids: Tensor) -> Tensor:
-    """True at the positions whose target distribution teaches some row: `i + 1` of a row i supervised at step 0.
-
-    Later steps need no others: row i at step k shares its teacher with row i + k at step 0.
-    """
-    return F.pad(supervised_rows(loss_mask, document_ids, 0)[:, :-1], (1, 0))
-
-
-def document_positions(document_ids: Tensor) -> Tensor:
-    """Position of every token in its document, `(B, T)`: documents 0 0 7 7 7 2 have positions 0 1 0 1 2 0."""
-    indices = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
-    starts = F.pad(document_ids.diff(dim=1) != 0, (1, 0), value=True)
-    return indices - torch.where(starts, indices, 0).cummax(dim=1).values
+Memory = tuple[Tensor, Tensor]
 
 
 def shift_left(inputs_embeds: Tensor, count: int) -> Tensor:
@@ -76,27 +44,94 @@ def shift_left(inputs_embeds: Tensor, count: int) -> Tensor:
     return F.pad(inputs_embeds[:, count:], (0, 0, 0, min(count, inputs_embeds.shape[1])))
 
 
-def attend_jointly(
-    layer: Eagle3MLADecoderLayer,
-    inputs_embeds: Tensor,
-    states: Tensor,
-    cos_sin: CosSin,
-    seen: list[tuple[Tensor, Tensor]],
-    backend: str,
-    mask: Tensor | BlockMask | None,
-) -> Tensor:
-    """The attention half of a layer at one TTT step, residual included, `(B, T, D)`.
-
-    **Effects**: appends this step's keys and values to `seen`, whose first entry belongs to the document and whose
-    later ones belong to their row alone.
+@dataclass(frozen=True)
+class Unroll:
     """
-    attention = layer.self_attn
-    query, memory = attention.project(layer.attention_input(inputs_embeds, states), cos_sin)
-    seen.append(attention.expand(memory, cos_sin))
-    (key, value), *own = seen
-    own_keys, own_values = [own_key for own_key, _ in own], [own_value for _, own_value in own]
-    heads = joint_attention(backend, query, key, value, own_keys, own_values, mask, attention.scaling)
-    return states + attention.output(heads.to(states.dtype))
+    What all TTT steps and layers of one batch share.
+
+    Args:
+        backend (`str`): Kernel of the joint attention.
+        mask: Who sees which step-0 key, from `step_zero_mask`.
+        cos_sin (`tuple[torch.Tensor, torch.Tensor]`): RoPE at the positions of every step, each `(K, B, T, width)`.
+        recomputes_attention (`bool`): Of an attention, keep its input and what it remembers only.
+    """
+
+    backend: str
+    mask: Tensor | BlockMask | None
+    cos_sin: CosSin
+    recomputes_attention: bool
+
+    def step_cos_sin(self, ttt_step: int) -> CosSin:
+        """RoPE of one step, each `(B, T, width)`."""
+        cos, sin = self.cos_sin
+        return cos[ttt_step], sin[ttt_step]
+
+    def own_cos_sin(self, num_steps: int) -> CosSin:
+        """RoPE of the steps from 1 on, one below the other, each `((num_steps - 1) * B, T, width)`."""
+        cos, sin = self.cos_sin
+        return cos[1:num_steps].flatten(0, 1), sin[1:num_steps].flatten(0, 1)
+
+
+def attend_jointly(
+    attention: LatentAttention | GroupedQueryAttention, unroll: Unroll, attention_input: Tensor, seen: list[Memory]
+) -> Tensor:
+    """
+    Attention of a layer at one TTT step, `(B, T, 2D) -> (B, T, D)`.
+
+    Queries, keys and values are made in here, out of what was remembered: where this function is recomputed for the
+    backward pass, a step leaves nothing behind that grows with the number of heads.
+
+    Args:
+        attention (`nn.Module`): Of the layer.
+        unroll (`Unroll`): What the steps share.
+        attention_input (`torch.Tensor` of shape `(B, T, 2D)`): Of this step.
+        seen (`list[tuple[torch.Tensor, torch.Tensor]]`): What `remember` gave at every step up to this one.
+    """
+    num_steps = len(seen)
+    query = attention.ask(attention_input, unroll.step_cos_sin(num_steps - 1), fused_rotate)
+    key, value = attention.expand(seen[0], unroll.step_cos_sin(0), fused_rotate)
+    own_keys, own_values = None, None
+    if num_steps > 1:
+        memory = tuple(torch.cat(parts) for parts in zip(*seen[1:], strict=True))  # ((steps - 1) * B, ...)
+        expanded = attention.expand(memory, unroll.own_cos_sin(num_steps), fused_rotate)
+        own_keys, own_values = (part.unflatten(0, (num_steps - 1, -1)) for part in expanded)  # (steps - 1, B, ...)
+    heads = joint_attention(unroll.backend, query, key, value, own_keys, own_values, unroll.mask, attention.scaling)
+    return attention.output(heads.to(attention_input.dtype))
+
+
+def run_attention(
+    layer: Eagle3MLADecoderLayer, unroll: Unroll, inputs_embeds: Tensor, states: Tensor, seen: list[Memory]
+) -> tuple[Tensor, Memory]:
+    """The first half of a layer at one TTT step, residual included `(B, T, D)`, and what the step remembers."""
+    attention_input = layer.attention_input(inputs_embeds, states)
+    memory = layer.self_attn.remember(attention_input, unroll.step_cos_sin(len(seen)), fused_rotate)
+    attend = recomputed if unroll.recomputes_attention else run
+    attended = attend(attend_jointly, layer.self_attn, unroll, attention_input, [*seen, memory])
+    return layer.residual(attention_input, states) + attended, memory
+
+
+def run(function: Callable, *inputs):
+    """`function(*inputs)`."""
+    return function(*inputs)
+
+
+def recomputed(function: Callable, *inputs):
+    """`function(*inputs)`, computed again in the backward pass instead of being kept."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    # Nothing here draws random numbers, and the shapes of a step are fixed.
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, determinism_check="none")
+
+
+def count_hits(rows: list[Tensor], hits: list[Tensor], num_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, hits and prefix hits of each step, `(K,)` each, of `hits (N,)` at `rows (N,)` of `num_rows`."""
+    has_prefix_hit = torch.ones(num_rows, dtype=torch.bool, device=rows[0].device)
+    prefix_hits = []
+    for step_rows, step_hits in zip(rows, hits, strict=True):
+        has_prefix_hit[step_rows] &= step_hits
+        prefix_hits.append(has_prefix_hit[step_rows].sum())
+    num_supervised = torch.tensor([len(step_rows) for step_rows in rows], device=rows[0].device)
+    return num_supervised, torch.stack([step_hits.sum() for step_hits in hits]), torch.stack(prefix_hits)
 
 
 @dataclass
@@ -120,16 +155,33 @@ class TTTOutput(ModelOutput):
 class TTTDraftModel(Eagle3MLADraftModel):
     """The draft with the training unroll as its `forward`: same modules, same weights, saved as the draft itself."""
 
+    supports_gradient_checkpointing = True
+    recomputes_attention = True
+    recomputes_steps = False
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
+        """Keeps of a TTT step what it reads and remembers, and computes the rest again in the backward pass."""
+        self.recomputes_steps = True
+
+    def should_save_on_this_rank(self, is_main_process: bool) -> bool:
+        """What the Trainer says: transformers would leave out all but rank 0, and with them all machines but one."""
+        return is_main_process
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Back to keeping what a step computes outside of its attention."""
+        self.recomputes_steps = False
+
     def forward(
         self,
         input_ids: Tensor,
         aux_hidden_states: Tensor,
-        teacher_logits: Tensor,
-        teacher_tokens: Tensor,
+        last_hidden_states: Tensor,
+        target_logits: Callable[[Tensor], Tensor],
         loss_mask: Tensor,
         step_weights: Tensor,
         inputs_embeds: Tensor | None = None,
         document_ids: Tensor | None = None,
+        loss: str = "forward_kl",
     ) -> TTTOutput:
         """
         Loss and hits of `K = len(step_weights)` TTT steps.
@@ -139,10 +191,10 @@ class TTTDraftModel(Eagle3MLADraftModel):
                 The conversation, in target ids.
             aux_hidden_states (`torch.Tensor` of shape `(B, T, 3 * Dt)`):
                 The target's states at these tokens.
-            teacher_logits (`torch.Tensor` of shape `(M, Vd)`):
-                The target's logits of the draft vocabulary at the `taught_positions`, row after row.
-            teacher_tokens (`torch.LongTensor` of shape `(M,)`):
-                The target's top-1 at these positions, over the full vocabulary.
+            last_hidden_states (`torch.Tensor` of shape `(B, T, Dt)`):
+                The target's last states, after its final norm; read at the `taught_positions` only.
+            target_logits (`Callable`):
+                The target's logits of such states, `(M, Dt) -> (M, V)`.
             loss_mask (`torch.LongTensor` of shape `(B, T)`):
                 1 where the token was produced by the assistant.
             step_weights (`torch.Tensor` of shape `(K,)`):
@@ -150,27 +202,31 @@ class TTTDraftModel(Eagle3MLADraftModel):
             inputs_embeds (`torch.Tensor` of shape `(B, T, D)`, *optional*):
                 Embeddings of `input_ids`; needed unless the draft carries its own.
             document_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                Documents from 1, padding 0; an attention mask is the case of one document. Defaults to all ones.
+                Documents from 1, padding 0. Defaults to one document in each row.
+            loss (`str`, *optional*, defaults to `"forward_kl"`):
+                A name in `LOSSES`.
 
         Returns:
             [`TTTOutput`]
         """
         document_ids = torch.ones_like(loss_mask) if document_ids is None else document_ids
         inputs_embeds = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        taught_index = taught_positions(loss_mask, document_ids).flatten().cumsum(dim=0) - 1  # (B * T,)
-        has_prefix_hit = torch.ones_like(taught_index, dtype=torch.bool)
-        num_supervised, hits, prefix_hits = taught_index.new_zeros(3, len(step_weights)).unbind()
-        loss = step_weights.new_zeros(())
-        unroll = self.unroll(inputs_embeds, aux_hidden_states, loss_mask, document_ids, len(step_weights))
-        for ttt_step, (rows, logits) in enumerate(unroll):
-            taught = taught_index[rows + 1 + ttt_step]
-            loss = loss + step_weights[ttt_step] * forward_kl(logits, teacher_logits[taught]).sum()
-            hit = self.draft_to_target(logits.detach().argmax(dim=-1)) == teacher_tokens[taught]
-            has_prefix_hit[rows] &= hit
-            num_supervised[ttt_step] = len(rows)
-            hits[ttt_step] = hit.sum()
-            prefix_hits[ttt_step] = has_prefix_hit[rows].sum()
-        return TTTOutput(loss, num_supervised, hits, prefix_hits)
+        taught = taught_positions(loss_mask, document_ids)
+        taught_index = taught.flatten().cumsum(dim=0) - 1  # (B * T,)
+        steps = list(self.unroll(inputs_embeds, aux_hidden_states, loss_mask, document_ids, len(step_weights)))
+        predictions = [
+            Predictions(states, taught_index[rows + 1 + ttt_step]) for ttt_step, (rows, states) in enumerate(steps)
+        ]
+        teaching = Teaching(
+            states=last_hidden_states[taught.to(last_hidden_states.device)],
+            logits=target_logits,
+            vocab_size=self.config.vocab_size,
+            draft_ids=self.draft_to_target(torch.arange(len(self.d2t), device=self.d2t.device)),
+            loss=LOSSES[loss],
+            step_weights=step_weights,
+        )
+        summed_loss, hits = chunked_loss(self.lm_head, predictions, teaching)
+        return TTTOutput(summed_loss, *count_hits([rows for rows, _ in steps], hits, taught.numel()))
 
     def unroll(
         self,
@@ -180,21 +236,54 @@ class TTTDraftModel(Eagle3MLADraftModel):
         document_ids: Tensor,
         num_ttt_steps: int,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields for each TTT step the supervised rows, `(N,)` indices into `B * T`, and their logits `(N, Vd)`."""
-        backend = trainable_backend(self.config._attn_implementation, inputs_embeds.device)
-        mask = step_zero_mask(backend, document_ids)
-        position_ids = document_positions(document_ids)
+        """Yields for each TTT step the supervised rows, `(N,)` indices into `B * T`, and their states, `(N, D)`.
+
+        The states are those that `lm_head` reads, after the final norm.
+        """
         states = self.fuse(aux_hidden_states)  # (B, T, D)
-        seen: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
+        unroll = self.prepare_unroll(document_ids, num_ttt_steps, states.dtype)
+        seen: list[list[Memory]] = [[] for _ in self.layers]
         for ttt_step in range(num_ttt_steps):
-            embeds = shift_left(inputs_embeds, ttt_step + 1)
-            cos_sin = self.rotary_emb(position_ids + ttt_step, states.dtype)
-            for index, layer in enumerate(self.layers):
-                states = self.layers[index - 1].feed_forward(states) if index > 0 else states
-                states = attend_jointly(layer, embeds, states, cos_sin, seen[index], backend, mask)
             rows = supervised_rows(loss_mask, document_ids, ttt_step).flatten().nonzero().squeeze(dim=1)
-            row_states = self.layers[-1].feed_forward(states.flatten(0, 1)[rows].unsqueeze(0))  # (1, N, D)
-            logits, row_states = self.predict(row_states)
-            yield rows, logits.squeeze(0)
-            flat_states = row_states.new_zeros(states.shape).flatten(0, 1)
-            states = flat_states.index_copy(0, rows, row_states.squeeze(0)).view(states.shape)
+            inputs = unroll, shift_left(inputs_embeds, ttt_step + 1), states, rows, [list(layer) for layer in seen]
+            states, predicting, memories = (recomputed if self.recomputes_steps else run)(self.step, *inputs)
+            for layer_seen, memory in zip(seen, memories, strict=True):
+                layer_seen.append(memory)
+            yield rows, predicting
+
+    def prepare_unroll(self, document_ids: Tensor, num_ttt_steps: int, dtype: torch.dtype) -> Unroll:
+        """What all steps of a batch share."""
+        backend = trainable_backend(self.config._attn_implementation, document_ids.device)
+        steps = torch.arange(num_ttt_steps, device=document_ids.device)
+        position_ids = steps[:, None, None] + document_positions(document_ids)  # (K, B, T)
+        cos_sin = self.rotary_emb(position_ids.flatten(0, 1), dtype)
+        cos_sin = tuple(part.unflatten(0, (num_ttt_steps, -1)) for part in cos_sin)
+        return Unroll(backend, step_zero_mask(backend, document_ids), cos_sin, self.recomputes_attention)
+
+    def step(
+        self, unroll: Unroll, inputs_embeds: Tensor, states: Tensor, rows: Tensor, seen: list[list[Memory]]
+    ) -> tuple[Tensor, Tensor, list[Memory]]:
+        """
+        One TTT step.
+
+        Args:
+            unroll (`Unroll`): What the steps share.
+            inputs_embeds (`torch.Tensor` of shape `(B, T, D)`): Of the tokens that the rows read.
+            states (`torch.Tensor` of shape `(B, T, D)`): What the rows read beside them.
+            rows (`torch.LongTensor` of shape `(N,)`): Supervised ones, as indices into `B * T`.
+            seen (`list[list[tuple[torch.Tensor, torch.Tensor]]]`): For each layer its memory of earlier steps.
+
+        Returns:
+            The states that the rows feed back `(B, T, D)`, those that `lm_head` reads `(N, D)`, and each layer's
+            memory of this step.
+        """
+        memories = []
+        for index, (layer, layer_seen) in enumerate(zip(self.layers, seen, strict=True)):
+            states = self.layers[index - 1].feed_forward(states) if index > 0 else states
+            states, memory = run_attention(layer, unroll, inputs_embeds, states, layer_seen)
+            memories.append(memory)
+        row_states = self.layers[-1].feed_forward(states.flatten(0, 1)[rows])  # (N, D)
+        predicting = self.norm(row_states)
+        fed_back = predicting if self.config.norm_output else row_states
+        next_states = fed_back.new_zeros(states.shape).flatten(0, 1).index_copy(0, rows, fed_back)
+        return next_states.view(states.shape), predicting, memories

@@ -1,0 +1,79 @@
+"""What the benchmarks share: timing and memory of a function on the GPU, and the facts that go with a number."""
+
+import platform
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+
+from eagle3_mla.training.release import code_commit
+
+BYTES_PER_GB = 1e9
+
+
+@dataclass(frozen=True)
+class Cost:
+    """
+    Cost of one call.
+
+    Args:
+        first_seconds (`float`): Of the first call, compilation included.
+        milliseconds (`float`): Median of the later ones.
+        peak_gigabytes (`float`): Most memory that was allocated during one of these, everything included (1e9 bytes).
+    """
+
+    first_seconds: float
+    milliseconds: float
+    peak_gigabytes: float
+
+
+def measure(function: Callable[[], None], num_calls: int) -> Cost | None:
+    """Cost of `function` over `num_calls` calls after the first two; `None` if it does not fit into memory."""
+    try:
+        first_seconds = timed(function)
+        timed(function)
+        torch.cuda.reset_peak_memory_stats()
+        seconds = sorted(timed(function) for _ in range(num_calls))
+    except torch.OutOfMemoryError:
+        return None
+    return Cost(first_seconds, 1000 * seconds[num_calls // 2], torch.cuda.max_memory_allocated() / BYTES_PER_GB)
+
+
+def timed(function: Callable[[], None]) -> float:
+    """Seconds of one call, the device's work included."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def matrix_product_rate(size: int = 8192) -> float:
+    """Floating-point operations per second of a large bfloat16 matrix product on random data."""
+    left, right = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    for _ in range(3):
+        torch.mm(left, right)
+    seconds = min(timed(lambda: torch.mm(left, right)) for _ in range(10))
+    return 2 * size**3 / seconds
+
+
+def write_table(path: Path, title: str, columns: list[str], rows: list[list[str]], note: str) -> None:
+    """A markdown file with the table, how it was made and on what; also printed."""
+    lines = [f"# {title}", "", note, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += ["", f"    python {' '.join(sys.argv)}", "", conditions(), ""]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines), encoding="utf-8")
+    print("\n".join(lines))
+
+
+def conditions() -> str:
+    """Commit, hardware and versions."""
+    return (
+        f"Commit {code_commit() or 'unknown'}, {torch.cuda.get_device_name()}, Python {platform.python_version()}, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}."
+    )
