@@ -39,6 +39,18 @@ def test_coverage_is_logged(caplog):
     assert "1 of 3 tokens, 60.00 %" in caplog.text
 
 
+def test_the_whole_vocabulary_is_its_own_draft_vocabulary():
+    assert choose_draft_vocabulary(torch.tensor([0, 5, 1]), size=3, required_ids=[2, 7]).tolist() == [0, 1, 2]
+
+
+def test_the_order_of_the_rows_does_not_matter():
+    """Processes that read the rows in another order choose the same tokens."""
+    rows = Dataset.from_dict({"input_ids": [[1, 2, 2], [3, 3], [4, 0]], "loss_mask": [[1, 1, 1], [0, 1], [1, 1]]})
+    counts = [count_supervised_tokens(rows.select(order), 6) for order in ([0, 1, 2], [2, 0, 1])]
+    assert torch.equal(*counts)
+    assert torch.equal(*(choose_draft_vocabulary(count, size=4) for count in counts))
+
+
 @pytest.mark.parametrize("size", [1, 4])
 def test_a_size_that_cannot_be_is_refused(size):
     with pytest.raises(ValueError, match="must be between 2 and the target's 3"):

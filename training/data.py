@@ -1,178 +1,180 @@
-"""Conversations as training rows: which tokens there are, and which of them the assistant produced.
+"""The data of a run, from their names to training rows: load, tokenize, weigh, count.
 
-A dataset row is a conversation, `messages` or `conversations`, a list of `{role, content}` or `{from, value}`. The
-target's own chat template turns it into tokens and marks the assistant's (`{% generation %}`), which become the
-`loss_mask`. Whatever can be wrong with the data is found here, before any model is loaded.
+Every source is tokenized by itself and cached on disk under the content of data, tokenizer, chat template and options,
+so that adding a source, or giving one another weight, does not tokenize the others again. Whatever can be wrong with
+the data is found here, before any model is loaded.
 """
 
+import datetime
 import hashlib
-import json
 import logging
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
-import torch
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from jinja2 import TemplateError
-from torch import Tensor
-from torch.utils.data import Sampler
-from transformers import PreTrainedTokenizerBase
+import transformers
+from datasets import Dataset, Features, List, Value, concatenate_datasets
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
+
+from .arguments import DataArguments
+from .sources import load_conversations
+from .tokenization import RowTokenizer, TokenizationOptions
 
 logger = logging.getLogger(__name__)
 
-CONVERSATION_COLUMNS = ("messages", "conversations")
-ROLES = {"human": "user", "gpt": "assistant"}
-FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 # Part of the cache key: change it whenever the same input gives other rows.
-TOKENIZATION_VERSION = 1
+TOKENIZATION_VERSION = 2
+ROW_FEATURES = Features(
+    {
+        "input_ids": List(Value("int32")),
+        "loss_mask": List(Value("int8")),
+        "length": Value("int64"),
+        "is_supervised": Value("bool"),
+        "refusal": Value("string"),
+    }
+)
 
 
-def load_conversations(dataset: str, split: str = "train") -> Dataset:
+@dataclass(frozen=True)
+class SourceReport:
     """
-    Rows of a file, a directory or a Hub dataset.
+    What became of the rows of a source.
 
     Args:
-        dataset (`str`): A `.jsonl`, `.json` (one object per line) or `.parquet` file, a directory of such files or one
-            written by `Dataset.save_to_disk`, or the id of a dataset on the Hub.
-        split (`str`, *optional*, defaults to `"train"`): Split of a Hub dataset or a saved `DatasetDict`.
+        name (`str`): As it was named in the command.
+        num_rows (`int`): Rows that were read.
+        num_refused (`int`): Rows that could not be used, with `--skip-bad-rows`.
+        first_refusal (`str`, *optional*): Why the first of them could not.
+        num_unsupervised (`int`): Rows that teach nothing: no two tokens of the assistant in a row before the cut.
+        num_cut (`int`): Rows that reach `max_length`.
+        num_used (`int`): Rows per epoch, by the weight.
+    """
+
+    name: str
+    num_rows: int
+    num_refused: int
+    first_refusal: str | None
+    num_unsupervised: int
+    num_cut: int
+    num_used: int
+
+
+@dataclass(frozen=True)
+class PreparedRows:
+    """
+    Training rows, and where they come from.
+
+    Args:
+        rows (`Dataset`): With `input_ids`, `loss_mask` and `length`.
+        sources (`list[SourceReport]`): One for each name.
+    """
+
+    rows: Dataset
+    sources: list[SourceReport]
+
+    @property
+    def num_dropped(self) -> int:
+        """Rows that were read and cannot be learnt from."""
+        return sum(source.num_refused + source.num_unsupervised for source in self.sources)
+
+
+def prepare_rows(
+    data: DataArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int | None = None,
+    end_token_ids: Iterable[int] = (),
+    seed: int = 0,
+) -> PreparedRows:
+    """
+    The training rows of all sources, each as often as its weight says.
+
+    Args:
+        data ([`DataArguments`]): With `dataset`.
+        tokenizer (`PreTrainedTokenizerBase`): The target's.
+        vocab_size (`int`, *optional*): The target's.
+        end_token_ids (`Iterable[int]`, *optional*): Tokens that end generation, from `end_of_turn_ids`.
+        seed (`int`, *optional*, defaults to 0): Of the choice of rows where a weight is not whole.
 
     Raises:
-        ValueError: If there is no such dataset, it is empty, or a line is not a JSON object.
+        ValueError: If a source cannot be read, a row cannot be used, or nothing is left.
     """
-    path = Path(dataset)
-    if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
-        rows = _load_saved(path, split)
-    elif path.exists():
-        rows = _load_files(_data_files(path))
-    else:
-        rows = _load_from_hub(dataset, split)
+    options = TokenizationOptions(
+        max_length=data.max_length,
+        last_turn_only=data.train_on_last_turn_only,
+        skip_bad_rows=data.skip_bad_rows,
+        vocab_size=vocab_size,
+        end_token_ids=tuple(sorted(set(end_token_ids))),
+    )
+    parts, reports = [], []
+    for index, source in enumerate(data.sources()):
+        loaded = load_conversations(source.dataset, source.split, source.config, data.streaming, data.max_rows)
+        tokenized = _tokenize(loaded, tokenizer, options, source.dataset, data.preprocessing_workers)
+        chosen = weigh_rows(np.flatnonzero(tokenized["is_supervised"]), source.weight, (seed, index))
+        parts.append(tokenized.select(chosen).select_columns(["input_ids", "loss_mask", "length"]))
+        reports.append(_report(tokenized, options, source.dataset, len(chosen)))
+    rows = concatenate_datasets(parts)
     if len(rows) == 0:
-        raise ValueError(f"The dataset {dataset} has no rows.")
-    return rows
+        _refuse_empty(reports, data.max_length)
+    return PreparedRows(rows, reports)
 
 
-def check_json_lines(path: Path) -> None:
+def tokenize_conversations(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, **options: Any
+) -> Dataset:
     """
-    Reads every line once, because the Arrow reader does not say which line is broken.
-
-    Raises:
-        ValueError: Names the first line that is not a JSON object, or says that there is none.
-    """
-    has_rows = False
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"Line {number} of {path} is not valid JSON: {error}.") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"Line {number} of {path} must be a JSON object, got {type(row).__name__}.")
-            has_rows = True
-    if not has_rows:
-        raise ValueError(f"The dataset {path} is empty.")
-
-
-def parse_conversation(row: dict, number: int) -> list[dict[str, str]]:
-    """
-    The messages of a dataset row, as `{role, content}`.
-
-    Args:
-        row (`dict`): With `messages` or `conversations`.
-        number (`int`): Position in the dataset from 1, for the error.
-
-    Raises:
-        ValueError: If the row holds no conversation, or one without an assistant turn.
-    """
-    column = next((name for name in CONVERSATION_COLUMNS if row.get(name)), None)
-    if column is None:
-        raise ValueError(f"Row {number} must have `messages` or `conversations`, got the columns {sorted(row)}.")
-    messages = [_parse_message(message, number) for message in row[column]]
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"Row {number} has no assistant turn; there is nothing to learn from it.")
-    return messages
-
-
-def check_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
-    """
-    Requires a chat template that marks what the assistant says.
-
-    Raises:
-        ValueError: If there is no template, or it has no `{% generation %}` blocks.
-    """
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "The tokenizer has no chat template. Save one beside the target as chat_template.jinja, with "
-            "`{% generation %}` and `{% endgeneration %}` around what the assistant says."
-        )
-    template = tokenizer.get_chat_template()
-    if "endgeneration" not in template:
-        raise ValueError(
-            "The tokenizer's chat template does not mark what the assistant says. Put `{% generation %}` and "
-            "`{% endgeneration %}` around the assistant's content and end-of-turn token in the target's "
-            "chat_template.jinja."
-        )
-
-
-def tokenize_conversations(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """
-    Training rows with `input_ids`, `loss_mask` and `length`, cached on disk under the content of data and tokenizer.
+    Training rows of one source with `input_ids`, `loss_mask` and `length`, each once.
 
     Args:
         rows (`Dataset`): From `load_conversations`.
         tokenizer (`PreTrainedTokenizerBase`): The target's.
-        max_length (`int`): Longer conversations are cut at the end.
+        max_length (`int`): Longer documents are cut at the end.
+        options: More of [`TokenizationOptions`].
 
     Returns:
         `Dataset` without the rows that have no supervised position; their number is logged.
 
     Raises:
-        ValueError: If a row holds no usable conversation, or no row is left.
+        ValueError: If a row cannot be used, or no row is left.
     """
-    check_chat_template(tokenizer)
-
-    def tokenize(row: dict, index: int) -> dict:
-        return tokenize_conversation(parse_conversation(row, index + 1), index + 1, tokenizer, max_length)
-
-    key = _cache_key(rows, tokenizer, max_length)
-    tokenized = rows.map(
-        tokenize,
-        with_indices=True,
-        remove_columns=rows.column_names,
-        new_fingerprint=key,
-        desc="Tokenizing conversations",
-    )
-    kept = tokenized.filter(
-        lambda loss_masks: [_has_supervised_row(loss_mask) for loss_mask in loss_masks],
-        input_columns="loss_mask",
-        batched=True,
-        new_fingerprint=f"{key}-supervised",
-        desc="Dropping unsupervised rows",
-    )
-    if len(kept) == 0:
-        raise ValueError(
-            f"No conversation has two assistant tokens in a row within its first {max_length} tokens. "
-            "Raise `--max-length`, or check that the chat template's `{% generation %}` blocks hold the answers."
-        )
-    if len(kept) < len(tokenized):
-        logger.info("Dropped %d of %d rows without a supervised position.", len(tokenized) - len(kept), len(tokenized))
-    return kept
+    settings = TokenizationOptions(max_length=max_length, **options)
+    tokenized = _tokenize(rows, tokenizer, settings, "the dataset", None)
+    chosen = np.flatnonzero(tokenized["is_supervised"])
+    report = _report(tokenized, settings, "the dataset", len(chosen))
+    if len(chosen) == 0:
+        _refuse_empty([report], max_length)
+    return tokenized.select(chosen).select_columns(["input_ids", "loss_mask", "length"])
 
 
-def tokenize_conversation(
-    messages: list[dict[str, str]], number: int, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> dict:
-    """One training row: tokens, 1 where the assistant produced the token, and their number."""
+def weigh_rows(indices: np.ndarray, weight: float, seed: tuple[int, ...]) -> np.ndarray:
+    """
+    Rows of a source for one epoch: all of them as often as the whole part of the weight says, and the share of them
+    that is its fraction once more, drawn without replacement; in their order.
+
+    Args:
+        indices (`np.ndarray`): The rows that can be used.
+        weight (`float`): 2 is each row twice, 0.5 is half of the rows.
+        seed (`tuple[int, ...]`): Of the draw.
+    """
+    whole = int(weight)
+    num_extra = round((weight - whole) * len(indices))
+    extra = np.random.default_rng(seed).choice(indices, num_extra, replace=False)
+    return np.sort(np.concatenate([np.tile(indices, whole), extra]), kind="stable")
+
+
+def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
+    """Tokens that end generation, by the tokenizer and by the target's generation config."""
+    configured = None if generation_config is None else generation_config.eos_token_id
+    ids = [tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])]
+    return [token for token in dict.fromkeys(ids) if token is not None]
+
+
+def load_generation_config(model_path: str, target_config: PreTrainedConfig) -> GenerationConfig:
+    """The target's generation config without the target; what its configuration says where there is none."""
     try:
-        encoded = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-    except TemplateError as error:
-        raise ValueError(f"The chat template refuses row {number}: {error}.") from None
-    input_ids = encoded["input_ids"][:max_length]
-    return {"input_ids": input_ids, "loss_mask": encoded["assistant_masks"][:max_length], "length": len(input_ids)}
+        return GenerationConfig.from_pretrained(model_path)
+    except OSError:
+        return GenerationConfig.from_model_config(target_config)
 
 
 def content_hash(rows: Dataset) -> str:
@@ -184,131 +186,57 @@ def content_hash(rows: Dataset) -> str:
     return digest.hexdigest()
 
 
-class PaddingCollator:
-    """
-    Pads the rows of a batch on the right, to the longest of them.
-
-    Args:
-        pad_token_id (`int`): Any id of the target; padding is masked wherever it could matter.
-    """
-
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
-
-    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
-        lengths = [len(row["input_ids"]) for row in rows]
-        shape = len(rows), max(lengths)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "loss_mask": torch.zeros(shape, dtype=torch.long),
-        }
-        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            batch["input_ids"][index, :length] = torch.as_tensor(row["input_ids"])
-            batch["attention_mask"][index, :length] = 1
-            batch["loss_mask"][index, :length] = torch.as_tensor(row["loss_mask"])
-        return batch
+def _tokenize(
+    rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: TokenizationOptions, name: str, num_workers: int | None
+) -> Dataset:
+    """All rows of a source with the columns of `ROW_FEATURES`, from the cache if they are there."""
+    return rows.map(
+        RowTokenizer(tokenizer, options, name),
+        with_indices=True,
+        remove_columns=rows.column_names,
+        features=ROW_FEATURES,
+        num_proc=num_workers,
+        new_fingerprint=_cache_key(rows, tokenizer, options),
+        desc=f"Tokenizing {name}",
+    )
 
 
-class LengthGroupedSampler(Sampler[int]):
-    """
-    Random order in which the rows of a batch have similar lengths, a pure function of seed and epoch.
-
-    Rows are shuffled, sorted within pools of 50 batches, and the batches are shuffled again: little padding, no order
-    from long to short, and a resumed run sees the same rows as an uninterrupted one.
-
-    Args:
-        lengths (`list[int]`): Length of every row in tokens.
-        batch_size (`int`): Rows of a batch over all processes.
-        seed (`int`): Seed of the order.
-    """
-
-    BATCHES_PER_POOL = 50
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int):
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        shuffled = torch.randperm(len(self.lengths), generator=generator)
-        lengths = torch.tensor(self.lengths)
-        pools = shuffled.split(self.BATCHES_PER_POOL * self.batch_size)
-        ordered = torch.cat([pool[lengths[pool].argsort(stable=True)] for pool in pools])
-        batches = list(ordered.split(self.batch_size))
-        # The short last batch stays last, or it would shift the borders of the others.
-        num_full = len(self.lengths) // self.batch_size
-        order = torch.randperm(num_full, generator=generator).tolist() + list(range(num_full, len(batches)))
-        for index in order:
-            yield from batches[index].tolist()
+def _report(tokenized: Dataset, options: TokenizationOptions, name: str, num_used: int) -> SourceReport:
+    """What became of the rows. **Effects**: logs what was left out."""
+    refusals = [refusal for refusal in tokenized["refusal"] if refusal is not None]
+    num_unsupervised = len(tokenized) - len(refusals) - int(np.count_nonzero(tokenized["is_supervised"]))
+    num_cut = int((np.asarray(tokenized["length"]) >= options.max_length).sum())
+    if refusals:
+        logger.warning("Skipped %d of %d rows of %s: %s", len(refusals), len(tokenized), name, refusals[0])
+    if num_unsupervised:
+        logger.info("Dropped %d of %d rows without a supervised position.", num_unsupervised, len(tokenized))
+    first_refusal = refusals[0] if refusals else None
+    return SourceReport(name, len(tokenized), len(refusals), first_refusal, num_unsupervised, num_cut, num_used)
 
 
-def _load_saved(path: Path, split: str) -> Dataset:
-    saved = load_from_disk(str(path))
-    if not isinstance(saved, DatasetDict):
-        return saved
-    if split not in saved:
-        raise ValueError(f"The dataset {path} has no split {split!r}; it has {sorted(saved)}.")
-    return saved[split]
+def _refuse_empty(reports: list[SourceReport], max_length: int) -> None:
+    """Raises `ValueError`, since there is nothing to train on."""
+    refusal = next((report.first_refusal for report in reports if report.first_refusal is not None), None)
+    if refusal is not None:
+        raise ValueError(f"No row of the data can be used. The first one that was skipped: {refusal}")
+    raise ValueError(
+        f"No document has two assistant tokens in a row within its first {max_length} tokens. "
+        "Raise `--max-length`, or look at the rows with `--inspect-data 3`."
+    )
 
 
-def _data_files(path: Path) -> list[Path]:
-    """The file itself, or the data files of a directory, all of one format."""
-    files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.suffix in FILE_FORMATS)
-    if not files or any(file.suffix not in FILE_FORMATS for file in files):
-        raise ValueError(f"The dataset {path} must be, or hold, files of the types {sorted(FILE_FORMATS)}.")
-    if len({FILE_FORMATS[file.suffix] for file in files}) > 1:
-        raise ValueError(f"The directory {path} mixes JSON and Parquet files; keep one of the two.")
-    return files
-
-
-def _load_files(files: list[Path]) -> Dataset:
-    file_format = FILE_FORMATS[files[0].suffix]
-    if file_format == "json":
-        for file in files:
-            check_json_lines(file)
-    return load_dataset(file_format, data_files=[str(file) for file in files], split="train")
-
-
-def _load_from_hub(dataset: str, split: str) -> Dataset:
-    if dataset.startswith((".", "/", "~")) or Path(dataset).suffix in FILE_FORMATS:
-        raise ValueError(f"The dataset {dataset} does not exist.")
-    try:
-        return load_dataset(dataset, split=split)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"The dataset {dataset} is neither a local path nor loadable from the Hub: {reason}"
-        ) from error
-
-
-def _parse_message(message: dict, number: int) -> dict[str, str]:
-    role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-    if not isinstance(role, str) or not isinstance(content, str):
-        raise ValueError(f"Row {number} has a message without `role` and `content` (or `from` and `value`) as text.")
-    return {"role": ROLES.get(role, role), "content": content}
-
-
-def _has_supervised_row(loss_mask: list[int]) -> bool:
-    """Two assistant tokens in a row, after at least one other token: see `supervised_rows` at step 0."""
-    mask = np.asarray(loss_mask[1:])
-    return bool((mask[1:] * mask[:-1]).any())
-
-
-def _cache_key(rows: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int) -> str:
+def _cache_key(rows: Dataset, tokenizer: PreTrainedTokenizerBase, options: TokenizationOptions) -> str:
+    """Everything that decides what the training rows of `rows` are."""
+    template = str(tokenizer.chat_template)
     parts = [
         rows._fingerprint,
         tokenizer.backend_tokenizer.to_str(),
-        tokenizer.get_chat_template(),
-        str(max_length),
+        str(sorted(tokenizer.special_tokens_map.items())),
+        template,
+        # Such a template writes the date into its text.
+        str(datetime.date.today()) if "strftime_now" in template else "",
+        str(asdict(options)),
+        transformers.__version__,
         str(TOKENIZATION_VERSION),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
