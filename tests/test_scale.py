@@ -1,0 +1,518 @@
+"""Training in other shapes: accumulated, averaged, interrupted, on several processes, with the target elsewhere."""
+
+import json
+import mmap
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.utils import DeepSpeedPlugin
+from reference_scale import ONE_PLAIN_STEP, gradients_of_one_step, packed_trainer
+from reference_ttt import CONVERSATIONS, save_tiny_target, tiny_target, write_conversations
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from eagle3_mla.training import cli, placement
+from eagle3_mla.training.arguments import DraftArguments, Eagle3TrainingArguments
+from eagle3_mla.training.averaging import AVERAGE_FILE
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run"]
+TRAIN = str(ROOT / "scripts" / "train_eagle3.py")
+# Audit events that change what is on the disk; `open` counts when it opens for writing.
+CHANGES = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.symlink"}
+
+
+@pytest.fixture(scope="module")
+def target_path(tmp_path_factory) -> Path:
+    return save_tiny_target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def dataset_path(tmp_path_factory) -> Path:
+    return write_conversations(tmp_path_factory.mktemp("data") / "four.jsonl", CONVERSATIONS[:4])
+
+
+@pytest.fixture(autouse=True)
+def own_dataset_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
+
+
+@pytest.fixture
+def command(target_path, dataset_path, tmp_path) -> dict[str, str]:
+    """Four conversations in one batch, 4 steps, saved after 2 and 4."""
+    return {
+        "--model-path": str(target_path),
+        "--dataset": str(dataset_path),
+        "--output-dir": str(tmp_path / "out"),
+        "--attention-backend": "sdpa_mla",
+        "--num-ttt-steps": "3",
+        "--per-device-train-batch-size": "4",
+        "--max-steps": "4",
+        "--save-steps": "2",
+        "--logging-steps": "1",
+        "--use-cpu": "True",
+        "--disable-tqdm": "True",
+    }
+
+
+@pytest.fixture(scope="module")
+def head(target_path, dataset_path, tmp_path_factory) -> Path:
+    """A head to train adapters on."""
+    directory = tmp_path_factory.mktemp("head")
+    flags = {"--model-path": str(target_path), "--dataset": str(dataset_path), "--output-dir": str(directory)}
+    run(flags | {"--attention-backend": "sdpa_mla", "--max-steps": "1", "--save-strategy": "no", "--use-cpu": "True"})
+    return directory
+
+
+def words(flags: dict[str, str]) -> list[str]:
+    return [part for flag in flags.items() for part in flag]
+
+
+def run(flags: dict[str, str], *more: str) -> None:
+    cli.main(words(flags) + list(more))
+
+
+def launch(*command: str, **options) -> None:
+    subprocess.run(command, check=True, **options)
+
+
+def error_of(flags: dict[str, str], capsys) -> str:
+    with pytest.raises(SystemExit) as exit_info:
+        run(flags)
+    assert exit_info.value.code == 2
+    return capsys.readouterr().err
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Everything in a checkpoint that training goes on with: weights, averages, optimizer."""
+    files = sorted(checkpoint.glob("*.safetensors"))
+    tensors = {f"{file.name}: {name}": tensor for file in files for name, tensor in load_file(file).items()}
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    return tensors | {f"{index}: {name}": tensor for index in state for name, tensor in state[index].items()}
+
+
+def assert_same_bits(checkpoint: Path, expected: Path) -> None:
+    tensors, others = tensors_of(checkpoint), tensors_of(expected)
+    assert tensors.keys() == others.keys()
+    assert [name for name, tensor in tensors.items() if not torch.equal(tensor, others[name])] == []
+
+
+# The global batch.
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 4], ids=lambda size: f"{size}x{8 // size}")
+def test_accumulated_packed_rows_have_the_gradient_of_one_batch(batch_size, tmp_path):
+    """Documents that share a row with others count once, whatever micro-batch their row is in."""
+    whole = gradients_of_one_step(packed_trainer(tmp_path, per_device_train_batch_size=8, **ONE_PLAIN_STEP))
+    pieces = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 8 // batch_size}
+    accumulated = gradients_of_one_step(packed_trainer(tmp_path, **ONE_PLAIN_STEP | pieces))
+    torch.testing.assert_close(accumulated, whole, atol=1e-10, rtol=1e-7)
+    assert all(gradient.abs().max() > 0 for gradient in whole.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_two_processes_have_loss_and_gradient_of_one_on_packed_rows(accumulation, tmp_path):
+    results = []
+    for num_processes in (1, 2):
+        directory = tmp_path / str(num_processes)
+        directory.mkdir()
+        arguments = {
+            "per_device_train_batch_size": 8 // num_processes // accumulation,
+            "gradient_accumulation_steps": accumulation,
+        }
+        worker = str(ROOT / "tests" / "reference_scale.py")
+        launch(*LAUNCH, "--nproc-per-node", str(num_processes), worker, str(directory), json.dumps(arguments))
+        results.append(load_file(directory / "gradients.safetensors"))
+    torch.testing.assert_close(results[1], results[0], atol=1e-10, rtol=1e-7)
+
+
+# Learning rates and averages.
+
+
+def test_up_projections_learn_at_their_own_rate(tmp_path):
+    plain = gradients_of_one_step(packed_trainer(tmp_path, **ONE_PLAIN_STEP))
+    factor = {"up_projection_lr_factor": 3.0}
+    faster = gradients_of_one_step(packed_trainer(tmp_path, **ONE_PLAIN_STEP | factor))
+    for name, step in plain.items():
+        expected = 3 * step if "W_uk" in name or "W_uv" in name else step
+        torch.testing.assert_close(faster[name], expected, atol=1e-12, rtol=1e-9)
+
+
+def test_a_rate_of_their_own_leaves_weight_decay_and_schedule_as_they_are(tmp_path):
+    trainer = packed_trainer(tmp_path, weight_decay=0.1, up_projection_lr_factor=2.0)
+    groups = trainer.create_optimizer().param_groups
+    names = {weight: name for name, weight in trainer.draft.named_parameters()}
+    decayed = {names[weight] for group in groups if group["weight_decay"] > 0 for weight in group["params"]}
+    assert decayed == {name for name in names.values() if "norm" not in name}
+    assert [(group["lr"], len(group["params"])) for group in groups[2:]] == [(2e-3, 2)]
+    scheduler = trainer.create_scheduler(num_training_steps=10)
+    assert scheduler.base_lrs == [1e-3, 1e-3, 2e-3]
+    assert len(names) == sum(len(group["params"]) for group in groups)
+    assert trainer.create_optimizer() is trainer.optimizer
+    assert len(trainer.optimizer.param_groups) == 3
+
+
+class WeightsAfterEachStep(TrainerCallback):
+    def __init__(self):
+        self.weights: list[torch.Tensor] = []
+
+    def on_train_begin(self, args, state, control, model, **kwargs):
+        self.keep(model)
+
+    def on_step_end(self, args, state, control, model, **kwargs):
+        self.keep(model)
+
+    def keep(self, model):
+        self.weights.append(model.fc.weight.detach().double().clone())
+
+
+def test_the_average_follows_the_weights_by_its_formula(tmp_path):
+    trainer = packed_trainer(tmp_path, dtype=torch.bfloat16, ema_decay=0.3, max_steps=6, learning_rate=0.1)
+    course = WeightsAfterEachStep()
+    trainer.add_callback(course)
+    trainer.train()
+    expected, *later = course.weights
+    for step, weight in enumerate(later, start=1):
+        kept = min(0.3, step / (step + 9))
+        expected = kept * expected + (1 - kept) * weight
+    average = trainer.averaging.averages["fc.weight"]
+    assert average.dtype == torch.float32
+    torch.testing.assert_close(average.double(), expected, atol=1e-6, rtol=1e-5)
+    assert (expected - later[-1]).abs().max() > 1e-3
+
+
+def test_the_result_is_the_average_and_a_checkpoint_has_both(command, tmp_path):
+    run(command, "--ema-decay", "0.9")
+    out = tmp_path / "out"
+    released = load_file(out / "model.safetensors")
+    weights, averages = (load_file(out / "checkpoint" / name) for name in ("model.safetensors", AVERAGE_FILE))
+    assert released.keys() == weights.keys()
+    assert weights.keys() - averages.keys() == {"d2t", "t2d"}
+    assert all(torch.equal(released[name], average) for name, average in averages.items())
+    assert (weights["fc.weight"] - averages["fc.weight"]).abs().max() > 0
+
+
+def test_an_average_cannot_begin_in_the_middle(command, tmp_path):
+    run(command)
+    resume = command | {"--resume-from-checkpoint": str(tmp_path / "out" / "checkpoint-2")}
+    with pytest.raises(ValueError, match="holds no average"):
+        run(resume, "--ema-decay", "0.9")
+
+
+@pytest.mark.parametrize("decay", ["0", "1", "1.5"])
+def test_a_decay_outside_of_its_range_is_refused(decay, command, capsys):
+    assert "`--ema-decay` must be between 0 and 1" in error_of(command | {"--ema-decay": decay}, capsys)
+
+
+# Trackers.
+
+
+class Tracker(TrainerCallback):
+    def __init__(self):
+        self.logged: list[dict] = []
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logged.append(dict(logs))
+
+
+METRICS = {"loss", "learning_rate", "grad_norm", "accuracy_0", "accuracy_2", "simulated_acceptance_length"}
+
+
+def test_trackers_get_the_metrics_of_every_logged_step(tmp_path):
+    trainer, tracker = packed_trainer(tmp_path, max_steps=3), Tracker()
+    trainer.add_callback(tracker)
+    trainer.train()
+    assert [logs.keys() >= METRICS for logs in tracker.logged] == [True, True, True, False]
+
+
+def test_tensorboard_gets_the_metrics(command, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "runs"))
+    run(command, "--report-to", "tensorboard")
+    events = EventAccumulator(str(tmp_path / "runs")).Reload()
+    assert {f"train/{name}" for name in METRICS} <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("train/simulated_acceptance_length")) == 4
+
+
+# Kills.
+
+
+def train_in_a_child(flags: dict[str, str], kill_at: int | None = None) -> int:
+    """
+    Trains in a process of its own that is killed at its `kill_at`-th change in the output directory.
+
+    Returns:
+        `int`: Changes that it made.
+    """
+    seen = mmap.mmap(-1, 8)
+    child = os.fork()
+    if child == 0:
+        count = 0
+
+        def watch(event: str, arguments: tuple) -> None:
+            nonlocal count
+            if event not in CHANGES or (event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR)):
+                return
+            if not any(str(argument).startswith(flags["--output-dir"]) for argument in arguments):
+                return
+            count += 1
+            seen[:8] = count.to_bytes(8, "little")
+            if count == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        try:
+            run(flags)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) == (kill_at is not None)
+    return int.from_bytes(seen[:8], "little")
+
+
+VARIANTS = {
+    "plain": {},
+    "averaged": {"--ema-decay": "0.9"},
+    "adapter": {"--lora-rank": "2"},
+    "averaged adapter, workers": {"--lora-rank": "2", "--ema-decay": "0.9", "--dataloader-num-workers": "2"},
+    "packed": {"--packing": "True", "--max-length": "40", "--ema-decay": "0.9"},
+    "rates, accumulated": {
+        "--up-projection-lr-factor": "2",
+        "--gradient-accumulation-steps": "2",
+        "--per-device-train-batch-size": "1",
+    },
+}
+# Shares of the changes; the last tenth writes the result.
+MOMENTS = [0.1, 0.4, 0.55, 0.65, 0.7, 0.8, 0.97]
+
+
+def check_kill(flags: dict[str, str], moments: list[float], tmp_path: Path) -> None:
+    num_changes = train_in_a_child(flags)
+    whole = tmp_path / "out"
+    for moment in moments:
+        killed = tmp_path / f"killed-{moment}"
+        again = flags | {"--output-dir": str(killed)}
+        train_in_a_child(again, kill_at=int(moment * num_changes))
+        resume = ["--resume-from-checkpoint"] if (killed / "checkpoint").exists() else []
+        run(again, *resume)
+        assert_same_bits(killed / "checkpoint", whole / "checkpoint")
+        name = "adapter_model.safetensors" if "--lora-rank" in flags else "model.safetensors"
+        released, expected = load_file(killed / name), load_file(whole / name)
+        assert all(torch.equal(tensor, released[key]) for key, tensor in expected.items())
+
+
+def variant_flags(variant: str, command: dict[str, str], head: Path) -> dict[str, str]:
+    more = {"--draft-checkpoint": str(head)} if "--lora-rank" in VARIANTS[variant] else {}
+    return command | {"--per-device-train-batch-size": "2", "--max-steps": "5"} | VARIANTS[variant] | more
+
+
+@pytest.mark.parametrize(
+    ("variant", "moments"), [("plain", [0.5, 0.75]), ("averaged adapter, workers", [0.6])], ids=str
+)
+def test_a_run_killed_at_a_change_in_its_directory_resumes_to_the_bits_of_a_whole_one(
+    variant, moments, command, head, tmp_path
+):
+    check_kill(variant_flags(variant, command, head), moments, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_killed_at_any_change_in_its_directory_resumes_to_the_bits_of_a_whole_one(
+    variant, command, head, tmp_path
+):
+    check_kill(variant_flags(variant, command, head), MOMENTS, tmp_path)
+
+
+# Several machines.
+
+
+def free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_machines_without_shared_storage_save_and_resume_on_their_own_disks(command, tmp_path):
+    """Two launches on one machine, each in its own directory, are two machines with local disks."""
+    flags = command | {"--output-dir": "out", "--per-device-train-batch-size": "2", "--save-total-limit": "5"}
+    flags |= {"--save-on-each-node": "True"}
+
+    def train_on_both(*more: str) -> None:
+        port = free_port()
+        machines = []
+        for rank in ("0", "1"):
+            directory = tmp_path / f"machine-{rank}"
+            directory.mkdir(exist_ok=True)
+            topology = ["--nnodes", "2", "--node-rank", rank, "--master-addr", "127.0.0.1", "--master-port", port]
+            machines.append(subprocess.Popen([*LAUNCH, *topology, TRAIN, *words(flags), *more], cwd=directory))
+        assert [machine.wait(timeout=200) for machine in machines] == [0, 0]
+
+    train_on_both()
+    outputs = [tmp_path / f"machine-{rank}" / "out" for rank in (0, 1)]
+    whole = [tensors_of(output / "checkpoint-4") for output in outputs]
+    for output in outputs:
+        assert (output / "checkpoint").resolve().name == "checkpoint-4"
+        assert not (output / ".incomplete-checkpoint").exists()
+        (output / "checkpoint").unlink()
+        (output / "checkpoint").symlink_to("checkpoint-2")
+    assert all(torch.equal(tensor, whole[1][name]) for name, tensor in whole[0].items())
+    train_on_both("--resume-from-checkpoint")
+    for output, expected in zip(outputs, whole, strict=True):
+        again = tensors_of(output / "checkpoint")
+        assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
+
+
+# The target elsewhere.
+
+
+def test_a_device_map_changes_nothing_where_there_is_one_device(command, tmp_path):
+    run(command)
+    run(command | {"--output-dir": str(tmp_path / "mapped"), "--target-device-map": "auto"})
+    assert_same_bits(tmp_path / "mapped" / "checkpoint", tmp_path / "out" / "checkpoint")
+
+
+def test_a_target_that_would_be_read_from_the_disk_is_refused(tmp_path):
+    tiny_target().save_pretrained(tmp_path / "target")
+    device_map = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "lm_head": "cpu"}
+    device_map |= {"model.rotary_emb": "cpu"}
+    target = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "target", device_map=device_map, offload_folder=str(tmp_path / "offload")
+    )
+    with pytest.raises(ValueError, match=r"no device memory for model\.layers: it would be read from the disk"):
+        placement.check_nothing_is_offloaded(target)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "refused"),
+    [
+        ({"": "cpu"}, False),
+        ({"a": 0, "b": 1}, False),
+        ({"a": 0, "b": "cpu"}, True),
+        ({"a": "cpu", "b": "cpu"}, False),
+        ({}, False),
+    ],
+    ids=str,
+)
+def test_the_host_counts_as_a_device_only_where_it_is_the_only_one(device_map, refused):
+    target = tiny_target()
+    target.hf_device_map = device_map
+    if refused:
+        with pytest.raises(ValueError, match="no device memory for b: it would be read from the cpu"):
+            placement.check_nothing_is_offloaded(target)
+    else:
+        placement.check_nothing_is_offloaded(target)
+
+
+def test_a_placement_needs_the_processes_that_it_is_for(command, capsys, monkeypatch):
+    assert "`--shard-target` needs at least 2 processes, got 1" in error_of(
+        command | {"--shard-target": "True"}, capsys
+    )
+    both = command | {"--shard-target": "True", "--target-device-map": "auto"}
+    assert "give one of them" in error_of(both, capsys)
+    monkeypatch.setattr(placement.PartialState, "num_processes", property(lambda self: 2), raising=False)
+    settings = DraftArguments(model_path="target", target_device_map="auto")
+    with pytest.raises(ValueError, match="`--target-device-map` needs a single process, got 2"):
+        placement.check_placement(settings)
+
+
+def test_with_a_device_map_one_process_may_see_several_gpus(tmp_path):
+    args = Eagle3TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert args.n_gpu == 0
+    args._n_gpu = 4
+    placement.claim_devices(DraftArguments(model_path="target"), args)
+    assert args.n_gpu == 4
+    placement.claim_devices(DraftArguments(model_path="target", target_device_map="auto"), args)
+    assert args.n_gpu == 1
+
+
+@pytest.mark.slow
+def test_processes_that_pack_differently_share_a_sharded_target(tmp_path):
+    """One row of one document, one of two: without agreement one process alone would try how the target packs."""
+    results = []
+    for num_processes in (1, 2):
+        directory = tmp_path / str(num_processes)
+        directory.mkdir()
+        arguments = {"num_rows": 2, "per_device_train_batch_size": 2 // num_processes}
+        arguments["is_sharded"] = num_processes == 2
+        command = [*LAUNCH, "--nproc-per-node", str(num_processes), str(ROOT / "tests" / "reference_scale.py")]
+        launch(*command, str(directory), json.dumps(arguments), timeout=200)
+        results.append(load_file(directory / "gradients.safetensors"))
+    torch.testing.assert_close(results[1], results[0], atol=1e-10, rtol=1e-7)
+
+
+@pytest.mark.gpu
+def test_a_target_on_two_devices_teaches_what_it_teaches_on_one(command, tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    del command["--use-cpu"]
+    program = [sys.executable, TRAIN, "--bf16", "False", "--target-dtype", "float32"]
+    one = os.environ | {"CUDA_VISIBLE_DEVICES": "0"}
+    launch(*program, *words(command), env=one)
+    spread = command | {"--output-dir": str(tmp_path / "spread"), "--target-device-map": "balanced"}
+    launch(*program, *words(spread))
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "spread"))
+    torch.testing.assert_close(two, one, atol=1e-4, rtol=1e-3)
+
+
+# Sharded.
+
+
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    **{
+        name.upper(): str(value).lower() if isinstance(value, bool) else str(value)
+        for name, value in yaml.safe_load((ROOT / "examples" / "accelerate" / "fsdp.yaml").read_text())[
+            "fsdp_config"
+        ].items()
+    },
+}
+
+
+@pytest.mark.slow
+def test_a_sharded_target_and_a_sharded_draft_train_what_one_process_trains(command, tmp_path):
+    """FSDP2 on both, with averages, resumed once: the bits of an uninterrupted run, the numbers of one process."""
+    averaged = command | {"--ema-decay": "0.9", "--save-total-limit": "5"}
+    run(averaged)
+    sharded = averaged | {"--per-device-train-batch-size": "2", "--shard-target": "True", "--bf16": "False"}
+    del sharded["--use-cpu"]
+    program = [*LAUNCH, "--nproc-per-node", "2", str(ROOT / "tests" / "fsdp_on_cpu.py")]
+    whole, resumed = tmp_path / "sharded", tmp_path / "resumed"
+    launch(*program, *words(sharded | {"--output-dir": str(whole)}), env=os.environ | FSDP)
+    assert (whole / "checkpoint" / "pytorch_model_fsdp.bin").exists()
+    more = ["--resume-from-checkpoint", str(whole / "checkpoint-2")]
+    launch(*program, *words(sharded | {"--output-dir": str(resumed)}), *more, env=os.environ | FSDP)
+    for name in ("model.safetensors", "checkpoint/model.safetensors", f"checkpoint/{AVERAGE_FILE}"):
+        one, two, again = (load_file(tmp_path / run_name / name) for run_name in ("out", "sharded", "resumed"))
+        torch.testing.assert_close(two, one, atol=2e-4, rtol=1e-3)
+        assert all(torch.equal(tensor, two[key]) for key, tensor in again.items())
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed_zero2"])
+def test_accelerate_knows_every_key_of_a_configuration(name):
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    config = ClusterConfig.from_yaml_file(ROOT / "examples" / "accelerate" / f"{name}.yaml")
+    assert config.num_processes == 8
+    if name == "fsdp":
+        from accelerate.commands.launch import launch_command_parser
+
+        options = vars(launch_command_parser().parse_args(["script.py"]))
+        assert config.fsdp_config.keys() <= options.keys()
+
+
+def test_the_deepspeed_configuration_is_one_of_stage_2(monkeypatch):
+    monkeypatch.setattr("accelerate.utils.dataclasses.is_deepspeed_available", lambda: True, raising=False)
+    plugin = DeepSpeedPlugin(hf_ds_config=str(ROOT / "examples" / "accelerate" / "deepspeed_zero2.json"))
+    assert plugin.zero_stage == 2
+    assert plugin.get_value("gradient_accumulation_steps") == "auto"
