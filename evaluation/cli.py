@@ -16,7 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..training.data import load_conversations, parse_conversation
+from ..training.card import add_evaluation, check_card
+from ..training.conversations import parse_conversation, parse_tools
+from ..training.sources import load_conversations
 from .loading import add_model_arguments, check_writable, load_models, positive_int
 from .measure import Comparison, Decoding, cache_bytes_per_token, compare_all, standard_head_like, summarise
 from .prompts import Prompt, built_in_conversations, choose_evenly, render_prompts
@@ -35,6 +37,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-samples", type=positive_int, default=10, help="prompts, at most (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the texts when sampling (default: 0)")
     parser.add_argument("--output-dir", type=Path, default=Path("outputs/eval"), help="(default: %(default)s)")
+    parser.add_argument(
+        "--write-card", action="store_true", help="put the numbers into the README.md of the --draft-checkpoint folder"
+    )
     return parser.parse_args(argv)
 
 
@@ -50,6 +55,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     try:
         check_writable(arguments.output_dir)
+        if arguments.write_card:
+            check_card(arguments.draft_checkpoint)
         rows = read_rows(arguments)
         target, draft, tokenizer = load_models(arguments)
         prompts = make_prompts(rows, target, tokenizer, arguments)
@@ -63,18 +70,21 @@ def main(argv: list[str] | None = None) -> int:
         return INTERRUPTED
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     command = sys.argv if argv is None else ["scripts/eval_eagle.py", *argv]
-    write_report(arguments.output_dir, results, provenance(command, target.device))
+    origin = provenance(command, target.device)
+    write_report(arguments.output_dir, results, origin)
+    if arguments.write_card:
+        add_evaluation(Path(arguments.draft_checkpoint), results, origin)
     print_report(Console(), results)
     return 0 if results["lossless"] else 1
 
 
 def read_rows(arguments: argparse.Namespace) -> list[dict]:
-    """Conversations with `id` and `messages`, `--num-samples` of them at most."""
+    """Conversations with `id`, `messages` and perhaps `tools`, `--num-samples` of them at most."""
     if arguments.dataset is None:
         return choose_evenly(built_in_conversations(), arguments.num_samples)
     numbered = list(enumerate(load_conversations(arguments.dataset), start=1))
     return [
-        {"id": row.get("id", number), "messages": parse_conversation(row, number)}
+        {"id": row.get("id", number), "messages": parse_conversation(row, number), "tools": parse_tools(row, number)}
         for number, row in choose_evenly(numbered, arguments.num_samples)
     ]
 

@@ -59,11 +59,11 @@ def built_in_conversations() -> list[dict]:
     ]
 
 
-def render(messages: list[dict], tokenizer: PreTrainedTokenizerBase) -> Tensor:
+def render(messages: list[dict], tokenizer: PreTrainedTokenizerBase, tools: list[dict] | None = None) -> Tensor:
     """Token ids `(1, T)` of `messages` and the beginning of an answer."""
     try:
         encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            messages, tools=tools, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )
     except TemplateError as error:
         raise ValueError(f"The target's chat template refuses a conversation: {error}.") from None
@@ -74,7 +74,7 @@ def render_prompts(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_pro
     """Applies the target's chat template to each row's messages before its last answer.
 
     Args:
-        rows (`list[dict]`): Conversations with `messages` and, *optional*, `id`.
+        rows (`list[dict]`): Conversations with `messages` and, *optional*, `id` and `tools`.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The target's.
         max_prompt_tokens (`int`): Longer prompts are left out, and the log says how many.
 
@@ -90,7 +90,7 @@ def render_prompts(rows: list[dict], tokenizer: PreTrainedTokenizerBase, max_pro
     for number, row in enumerate(rows, start=1):
         messages = messages_before_last_answer(row["messages"])
         if messages:
-            prompts.append(Prompt(str(row.get("id", number)), render(messages, tokenizer)))
+            prompts.append(Prompt(str(row.get("id", number)), render(messages, tokenizer, row.get("tools"))))
     kept = [prompt for prompt in prompts if prompt.input_ids.shape[1] <= max_prompt_tokens]
     if not kept:
         raise ValueError(f"No conversation has a prompt of 1 to {max_prompt_tokens} tokens before its last answer.")

@@ -14,7 +14,10 @@ from transformers import AutoTokenizer, TrainerCallback
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
 from eagle3_mla.training import cli, trainer
 from eagle3_mla.training.arguments import Eagle3TrainingArguments
-from eagle3_mla.training.data import LengthGroupedSampler, PaddingCollator, load_conversations, tokenize_conversations
+from eagle3_mla.training.batching import LengthGroupedSampler, PaddingCollator
+from eagle3_mla.training.data import tokenize_conversations
+from eagle3_mla.training.sources import load_conversations
+from eagle3_mla.training.target import Teacher
 from eagle3_mla.training.trainer import Eagle3Trainer, find_checkpoint
 from eagle3_mla.training.ttt import TTTDraftModel
 
@@ -70,9 +73,8 @@ def make_trainer(rows, target, output_dir: Path, **overrides) -> Eagle3Trainer:
     config = tiny_config(vocab_size=target.config.vocab_size, draft_vocab_size=100)
     arguments = {"learning_rate": 1e-3, "num_ttt_steps": NUM_TTT_STEPS, "use_cpu": True, "disable_tqdm": True}
     args = Eagle3TrainingArguments(output_dir=str(output_dir), save_strategy="no", **arguments | overrides)
-    return Eagle3Trainer(
-        TTTDraftModel(config).double(), target, args, train_dataset=rows, data_collator=PaddingCollator(0)
-    )
+    draft = TTTDraftModel(config).double()
+    return Eagle3Trainer(draft, Teacher(target, draft), args, train_dataset=rows, data_collator=PaddingCollator(0))
 
 
 class InterruptAfter(TrainerCallback):
@@ -239,7 +241,7 @@ WRONG_REQUESTS = {
     "missing target": ({"--model-path": "./nowhere"}, "The target ./nowhere cannot be loaded"),
     "draft vocabulary too large": (
         {"--draft-vocab-size": "100000"},
-        "`draft_vocab_size` must be at most `vocab_size`",
+        "`--draft-vocab-size` must be between 1 and the target's",
     ),
     "odd rope dimension": ({"--mla-rope-dim": "3"}, "`mla_rope_dim` must be 0 or a positive even number"),
     "rope dimension without mla": (

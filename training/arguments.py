@@ -1,9 +1,12 @@
 """What the training command can be told: the data, the draft, and everything that `transformers.Trainer` knows."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+
+from .losses import LOSSES
 
 # Command-line name of a backend -> attention type of the draft, attention implementation of its model.
 ATTENTION_BACKENDS = {
@@ -16,19 +19,130 @@ ATTENTION_BACKENDS = {
 }
 # Rows of the draft's `lm_head` where the target has more: EAGLE-3's choice (arXiv:2503.01840) and its successors'.
 DEFAULT_DRAFT_VOCAB_SIZE = 32000
+# `--draft-vocab-size` for all tokens of the target.
+FULL_VOCABULARY = "full"
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """
+    One of the datasets that a run learns from.
+
+    Args:
+        dataset (`str`): File, directory or Hub id.
+        split (`str`): Split of a Hub dataset or a saved `DatasetDict`.
+        config (`str`, *optional*): Configuration of a Hub dataset.
+        weight (`float`): How often its rows come in an epoch.
+    """
+
+    dataset: str
+    split: str
+    config: str | None
+    weight: float
 
 
 @dataclass
 class DataArguments:
     """What to train on."""
 
-    dataset: str = field(metadata={"help": "JSONL or Parquet file, directory, or Hub id of conversations."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub dataset or a saved DatasetDict."})
-    max_length: int = field(default=2048, metadata={"help": "Tokens of a conversation; longer ones are cut."})
+    dataset: list[str] | None = field(
+        default=None, metadata={"help": "JSON, JSONL or Parquet files, directories, or Hub ids; one or several."}
+    )
+    features: str | None = field(
+        default=None, metadata={"help": "Directory of scripts/prepare_features.py, in the place of `--dataset`."}
+    )
+    dataset_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "How often the rows of each dataset come in an epoch: 2 twice, 0.5 half of them. Default: 1."
+        },
+    )
+    dataset_split: list[str] | None = field(
+        default=None,
+        metadata={"help": "Split of a Hub dataset or a saved DatasetDict, one for all or each. Default: train."},
+    )
+    dataset_config: list[str] | None = field(
+        default=None, metadata={"help": "Configuration of a Hub dataset, one for all or each."}
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read no more than the first `--max-rows` rows of a Hub dataset."}
+    )
+    max_rows: int | None = field(default=None, metadata={"help": "Only the first rows of each dataset. Default: all."})
+    max_length: int = field(default=2048, metadata={"help": "Tokens of a document; longer ones are cut."})
+    train_on_last_turn_only: bool = field(
+        default=False, metadata={"help": "Learn from the last answer of each conversation only."}
+    )
+    skip_bad_rows: bool = field(
+        default=False, metadata={"help": "Leave out rows that cannot be used, and say how many; otherwise an error."}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "Put several documents into a row of `--max-length` tokens."}
+    )
+    pad_to_multiple_of: int = field(
+        default=1, metadata={"help": "Pad batches to a multiple of this; `--max-length` itself gives one shape."}
+    )
+    preprocessing_workers: int | None = field(
+        default=None, metadata={"help": "Processes that tokenize. Default: this one."}
+    )
+    inspect_data: int | None = field(
+        default=None, metadata={"help": "Do not train: print this many rows with what is learnt from them in colour."}
+    )
+
+    def sources(self) -> list[DataSource]:
+        """The datasets with what belongs to each."""
+        num = len(self.dataset)
+        splits, configs = self._for_each("dataset_split", "train"), self._for_each("dataset_config", None)
+        weights = self.dataset_weights or [1.0] * num
+        return [DataSource(*source) for source in zip(self.dataset, splits, configs, weights, strict=True)]
+
+    @property
+    def dataset_name(self) -> str:
+        """The datasets in one line."""
+        return ", ".join(self.dataset)
+
+    @property
+    def split_name(self) -> str:
+        """Their splits in one line; one word where all have the same."""
+        return ", ".join(dict.fromkeys(self._for_each("dataset_split", "train")))
+
+    def _for_each(self, name: str, default: str | None) -> list[str | None]:
+        """The argument's value for each dataset."""
+        values = getattr(self, name) or [default]
+        if len(values) not in (1, len(self.dataset)):
+            flag = name.replace("_", "-")
+            raise ValueError(
+                f"`--{flag}` must be given once, or once for each of {len(self.dataset)} datasets, got {len(values)}."
+            )
+        return values * len(self.dataset) if len(values) == 1 else values
 
     def __post_init__(self):
-        if self.max_length < 3:
-            raise ValueError(f"`--max-length` must be at least 3, got {self.max_length}.")
+        if (self.dataset is None) == (self.features is None):
+            raise ValueError("Exactly one of `--dataset` and `--features` must be given.")
+        at_least_one = ("max_rows", "pad_to_multiple_of", "preprocessing_workers", "inspect_data")
+        for name, least in (("max_length", 3), *((name, 1) for name in at_least_one)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"`--{name.replace('_', '-')}` must be at least {least}, got {value}.")
+        if self.inspect_data is not None and self.features is not None:
+            raise ValueError(
+                "`--inspect-data` needs `--dataset`: stored features were inspected before they were made."
+            )
+        if self.streaming and self.max_rows is None:
+            raise ValueError("`--streaming` needs `--max-rows`, the number of rows to read.")
+        if self.dataset is not None:
+            self._check_sources()
+
+    def _check_sources(self) -> None:
+        if self.dataset_weights is not None and len(self.dataset_weights) != len(self.dataset):
+            raise ValueError(
+                f"`--dataset-weights` must have one weight for each of {len(self.dataset)} datasets, got "
+                f"{len(self.dataset_weights)}."
+            )
+        # Not a number fails this comparison, too.
+        wrong = [weight for weight in self.dataset_weights or [] if not 0 < weight < math.inf]
+        if wrong:
+            raise ValueError(f"`--dataset-weights` must be above 0 and finite, got {wrong[0]}.")
+        self.sources()
 
 
 @dataclass
@@ -43,9 +157,9 @@ class DraftArguments:
             "choices": list(ATTENTION_BACKENDS),
         },
     )
-    draft_vocab_size: int | None = field(
+    draft_vocab_size: str | None = field(
         default=None,
-        metadata={"help": f"Tokens the draft can predict. Default: {DEFAULT_DRAFT_VOCAB_SIZE}, at most the target's."},
+        metadata={"help": f"Tokens the draft can predict, or full. Default: {DEFAULT_DRAFT_VOCAB_SIZE}, at most all."},
     )
     mla_latent_dim: int | None = field(
         default=None, metadata={"help": "Cached numbers per token. Default: num_key_value_heads * head_dim / 4."}
@@ -58,6 +172,73 @@ class DraftArguments:
             "choices": ["auto", "float32", "bfloat16", "float16"],
         },
     )
+
+    target_device_map: str | None = field(
+        default=None, metadata={"help": "auto: spread the target over all devices that the one process sees."}
+    )
+    shard_target: bool = field(
+        default=False, metadata={"help": "Spread the target's layers over the processes (FSDP2); the draft is not."}
+    )
+    target_forward: str = field(
+        default="batch",
+        metadata={
+            "help": "document: the target reads documents one by one, as for stored features; slower, and its states "
+            "do not depend on the batch.",
+            "choices": ["batch", "document"],
+        },
+    )
+    embed_residual: bool = field(
+        default=False, metadata={"help": "A row learns of its own token past the latent too; engines do not know it."}
+    )
+    fc_norm: bool = field(default=False, metadata={"help": "One RMSNorm for each auxiliary state, as in EAGLE-3.1."})
+    draft_checkpoint: str | None = field(
+        default=None,
+        metadata={"help": "A trained draft to go on from: a local directory or a Hub id. Its vocabulary is kept."},
+    )
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "Train a LoRA adapter of this rank on `--draft-checkpoint`, not the draft."}
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "The adapter counts alpha / rank times. Default: twice the rank."}
+    )
+    lora_target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Linear layers with an adapter. Default: all but lm_head."}
+    )
+
+    def num_draft_tokens(self, vocab_size: int) -> int:
+        """
+        Rows of the draft's `lm_head` for a target with `vocab_size` tokens.
+
+        Raises:
+            ValueError: If that is asked for what cannot be.
+        """
+        if self.draft_vocab_size is None:
+            return min(DEFAULT_DRAFT_VOCAB_SIZE, vocab_size)
+        if self.draft_vocab_size == FULL_VOCABULARY:
+            return vocab_size
+        if not isinstance(self.draft_vocab_size, int) or not 1 <= self.draft_vocab_size <= vocab_size:
+            raise ValueError(
+                f"`--draft-vocab-size` must be between 1 and the target's {vocab_size}, or {FULL_VOCABULARY}, got "
+                f"{self.draft_vocab_size}."
+            )
+        return self.draft_vocab_size
+
+    def __post_init__(self):
+        if str(self.draft_vocab_size).isdecimal():
+            self.draft_vocab_size = int(self.draft_vocab_size)
+        if self.lora_rank is None and (self.lora_alpha is not None or self.lora_target_modules is not None):
+            raise ValueError("`--lora-alpha` and `--lora-target-modules` need `--lora-rank`.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"`--lora-rank` must be at least 1, got {self.lora_rank}.")
+        if self.lora_rank is not None and self.draft_checkpoint is None:
+            raise ValueError("`--lora-rank` trains an adapter of a trained draft. Name it with `--draft-checkpoint`.")
+        if self.target_forward == "document" and self.shard_target:
+            raise ValueError(
+                "`--target-forward document` and `--shard-target` exclude each other: processes with different "
+                "numbers of documents would wait for each other for ever."
+            )
+        if self.target_device_map is not None and self.shard_target:
+            raise ValueError("`--target-device-map` serves one process, `--shard-target` several: give one of them.")
 
     @property
     def attention_type(self) -> str:
@@ -74,6 +255,29 @@ class Eagle3TrainingArguments(TrainingArguments):
 
     num_ttt_steps: int = field(default=7, metadata={"help": "Steps of training-time test."})
     ttt_decay: float = field(default=0.8, metadata={"help": "Weight of step k is this to the power of k."})
+    ttt_step_weights: list[float] | None = field(
+        default=None, metadata={"help": "Weight of each step, in the place of the powers of `--ttt-decay`."}
+    )
+    loss: str = field(
+        default="forward_kl",
+        metadata={"help": "What a prediction is charged; see training/losses.py.", "choices": list(LOSSES)},
+    )
+
+    recompute_attention: bool = field(
+        default=True,
+        metadata={"help": "Attention is recomputed in the backward pass from latents; off costs memory, not results."},
+    )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Release an average of the weights that keeps this share of itself per step."}
+    )
+    up_projection_lr_factor: float = field(
+        default=1.0, metadata={"help": "Factor on the learning rate of W_uk and W_uv."}
+    )
+
+    diagnose: bool = field(
+        default=False,
+        metadata={"help": "Do not train: say why the acceptance is low, of `--draft-checkpoint` or of a new draft."},
+    )
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Conversations per device and step."})
     learning_rate: float | None = field(
@@ -102,13 +306,29 @@ class Eagle3TrainingArguments(TrainingArguments):
         if self.learning_rate is None:
             self.learning_rate = 1 / hidden_size
 
+    @property
+    def step_weights(self) -> list[float]:
+        """Weight of each step in the loss."""
+        return self.ttt_step_weights or [self.ttt_decay**ttt_step for ttt_step in range(self.num_ttt_steps)]
+
     def __post_init__(self):
         if self.num_ttt_steps < 1:
             raise ValueError(f"`--num-ttt-steps` must be at least 1, got {self.num_ttt_steps}.")
         if self.ttt_decay <= 0:
             raise ValueError(f"`--ttt-decay` must be positive, got {self.ttt_decay}.")
+        if self.ttt_step_weights is not None and len(self.ttt_step_weights) != self.num_ttt_steps:
+            raise ValueError(
+                f"`--ttt-step-weights` must have one weight for each of {self.num_ttt_steps} steps, got "
+                f"{len(self.ttt_step_weights)}."
+            )
+        if self.up_projection_lr_factor <= 0:
+            raise ValueError(f"`--up-projection-lr-factor` must be positive, got {self.up_projection_lr_factor}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"`--ema-decay` must be between 0 and 1, both excluded, got {self.ema_decay}.")
         if self.bf16 is None:
             wants_default = not (self.fp16 or self.use_cpu)
             self.bf16 = wants_default and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.dataloader_pin_memory &= torch.cuda.is_available()
         super().__post_init__()
+        if self.diagnose and self.world_size > 1:
+            raise ValueError(f"`--diagnose` runs in one process, got {self.world_size}. Start it without a launcher.")

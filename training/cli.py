@@ -11,23 +11,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
 
 from ..configuration_eagle3_mla import Eagle3MLAConfig
-from .arguments import DEFAULT_DRAFT_VOCAB_SIZE, DataArguments, DraftArguments, Eagle3TrainingArguments
-from .data import PaddingCollator, check_chat_template, content_hash, load_conversations, tokenize_conversations
+from .adapters import add_adapter, check_same_adapter, check_same_kind, require_peft
+from .arguments import DataArguments, DraftArguments, Eagle3TrainingArguments
+from .batching import PaddingCollator
+from .continuation import load_trained_draft, trained_config
+from .data import PreparedRows, content_hash, end_of_turn_ids, load_generation_config, prepare_rows
+from .diagnosis import report_diagnosis
+from .diagnosis_case import Case, trained_length
+from .feature_collator import FeatureCollator
+from .feature_training import choose_teacher, features_of_run, load_stored_target
+from .hub import Destination, claim_destination, open_destination, push_result
 from .initialization import initialize_from_target
-from .release import RunFacts, command_line, device_name, write_release
+from .inspection import print_inspection
+from .packing import pack_rows
+from .placement import check_placement, claim_devices, load_target, try_packing_together
+from .plots import CurvesCallback
+from .release import RunFacts, all_arguments, code_facts, command_line, device_name, hardware_facts, write_release
 from .trainer import Eagle3Trainer, find_checkpoint
 from .ttt import TTTDraftModel
 from .vocabulary import choose_draft_vocabulary, count_supervised_tokens
@@ -45,22 +56,35 @@ class Run:
     data: DataArguments
     settings: DraftArguments
     trainer: Eagle3Trainer
+    prepared: PreparedRows
     num_supervised_tokens: int
     checkpoint: str | None
+    tokenizer: PreTrainedTokenizerBase
+    destination: Destination | None
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Trains a draft head; a wrong request ends with one message and exit code 2."""
+def main(argv: list[str] | None = None) -> int:
+    """
+    Trains a draft head, or diagnoses one; a wrong request ends with one message and exit code 2.
+
+    Returns:
+        `int`: The exit code: 1 if a check of the diagnosis failed, or the result could not be pushed.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO)
     parser = HfArgumentParser(
         (DataArguments, DraftArguments, Eagle3TrainingArguments), prog="train_eagle3.py", usage=USAGE
     )
     try:
-        run = prepare(*parser.parse_args_into_dataclasses(argv))
+        data, settings, args = parser.parse_args_into_dataclasses(argv)
+        if data.inspect_data is not None:
+            return inspect_data(data, settings, args)
+        run = prepare(data, settings, args)
+        if run.destination is not None:
+            open_destination(run.destination)
     except (ValueError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
-    train(run)
+    return diagnose(run) if run.trainer.args.diagnose else train(run)
 
 
 def prepare(data: DataArguments, settings: DraftArguments, args: Eagle3TrainingArguments) -> Run:
@@ -74,55 +98,133 @@ def prepare(data: DataArguments, settings: DraftArguments, args: Eagle3TrainingA
     checkpoint = None
     if args.resume_from_checkpoint is not None:
         checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    check_placement(settings)
+    claim_devices(settings, args)
+    if settings.lora_rank is not None:
+        require_peft()
     target_config = load_target_config(settings.model_path)
-    config = draft_config(target_config, settings)
+    fresh = settings.draft_checkpoint is None
+    config = draft_config(target_config, settings) if fresh else trained_config(settings)
     args.set_default_learning_rate(config.hidden_size)
     if checkpoint is not None:
-        check_same_draft(config, checkpoint)
+        check_same_kind(settings, Path(checkpoint))
+        if settings.lora_rank is None:
+            check_same_draft(config, checkpoint)
+    destination = claim_destination(args)
     tokenizer = AutoTokenizer.from_pretrained(settings.model_path)
-    check_chat_template(tokenizer)
-    with args.main_process_first(desc="data"):
-        rows = tokenize_conversations(load_conversations(data.dataset, data.dataset_split), tokenizer, data.max_length)
+    if data.features is not None:
+        prepared = PreparedRows(features_of_run(data, settings, args, config), sources=[])
+    else:
+        end_ids = end_of_turn_ids(tokenizer, load_generation_config(settings.model_path, target_config))
+        with args.main_process_first(desc="data"):
+            prepared = prepare_rows(data, tokenizer, config.vocab_size, end_ids, args.seed)
+    rows = prepared.rows
     token_counts = count_supervised_tokens(rows, config.vocab_size)
-    target = load_target(settings, args.device)
+    is_stored = data.features is not None
+    target = load_stored_target(rows, target_config, args.device) if is_stored else load_target(settings, args.device)
     set_seed(args.seed)
-    draft = TTTDraftModel(config)
-    draft.set_draft_vocabulary(
-        choose_draft_vocabulary(token_counts, config.draft_vocab_size, end_of_turn_ids(tokenizer, target))
+    if settings.draft_checkpoint is not None:
+        draft = load_trained_draft(settings)
+    else:
+        draft = TTTDraftModel(config)
+        draft.set_draft_vocabulary(
+            choose_draft_vocabulary(
+                token_counts, config.draft_vocab_size, end_of_turn_ids(tokenizer, target.generation_config)
+            )
+        )
+        if checkpoint is not None:
+            check_same_vocabulary(draft, checkpoint)
+        initialized = initialize_from_target(draft, target)
+        logger.info("Taken from the target: %s.", ", ".join(initialized) or "nothing")
+    teacher = choose_teacher(target, draft, settings.target_forward)
+    if settings.shard_target and data.features is None:
+        try_packing_together(teacher)
+    model = draft if settings.lora_rank is None else add_adapter(draft, settings)
+    if checkpoint is not None and settings.lora_rank is not None:
+        check_same_adapter(model, Path(checkpoint))
+    collator = PaddingCollator(tokenizer.pad_token_id or 0, data.pad_to_multiple_of)
+    collator = FeatureCollator(collator) if is_stored else collator
+    callbacks = [CurvesCallback()]
+    packed = pack_rows(rows, data.max_length, args.seed) if data.packing else rows
+    trainer = Eagle3Trainer(model, teacher, args, train_dataset=packed, data_collator=collator, callbacks=callbacks)
+    return Run(data, settings, trainer, prepared, int(token_counts.sum()), checkpoint, tokenizer, destination)
+
+
+def inspect_data(data: DataArguments, settings: DraftArguments, args: Eagle3TrainingArguments) -> int:
+    """
+    Prints what would be learnt from, without the target's weights; the exit code is 0.
+
+    Raises:
+        ValueError: If the data cannot be used.
+    """
+    target_config = load_target_config(settings.model_path)
+    fresh = settings.draft_checkpoint is None
+    config = draft_config(target_config, settings) if fresh else trained_config(settings)
+    tokenizer = AutoTokenizer.from_pretrained(settings.model_path)
+    end_ids = end_of_turn_ids(tokenizer, load_generation_config(settings.model_path, target_config))
+    prepared = prepare_rows(data, tokenizer, config.vocab_size, end_ids, args.seed)
+    counts = count_supervised_tokens(prepared.rows, config.vocab_size)
+    if fresh:
+        draft_ids = choose_draft_vocabulary(counts, config.draft_vocab_size, end_ids)
+    else:
+        draft_ids = load_trained_draft(settings).t2d.nonzero().squeeze(1)
+    print_inspection(Console(), prepared, tokenizer, counts, draft_ids, data.inspect_data)
+    if data.packing:
+        pack_rows(prepared.rows, data.max_length, args.seed)
+    return 0
+
+
+def diagnose(run: Run) -> int:
+    """Says why the acceptance is low; the exit code is 0 if no check failed."""
+    trainer, source = run.trainer, run.settings.draft_checkpoint
+    case = Case(
+        draft=trainer.draft,
+        target=trainer.teacher.target,
+        teacher=trainer.teacher,
+        tokenizer=run.tokenizer,
+        rows=run.prepared.rows,
+        collator=trainer.data_collator,
+        args=trainer.args,
+        max_length=run.data.max_length,
+        end_ids=end_of_turn_ids(run.tokenizer, trainer.teacher.target.generation_config),
+        is_trained=source is not None,
+        trained_length=None if source is None else trained_length(source),
+        num_dropped_rows=run.prepared.num_dropped,
     )
-    if checkpoint is not None:
-        check_same_vocabulary(draft, checkpoint)
-    initialized = initialize_from_target(draft, target)
-    logger.info("Taken from the target: %s.", ", ".join(initialized) or "nothing")
-    collator = PaddingCollator(tokenizer.pad_token_id or 0)
-    trainer = Eagle3Trainer(draft, target, args, train_dataset=rows, data_collator=collator)
-    return Run(data, settings, trainer, int(token_counts.sum()), checkpoint)
+    origin = {"argv": command_line()} | code_facts()
+    return report_diagnosis(case, Path(trainer.args.output_dir), origin)
 
 
-def train(run: Run) -> None:
-    """Trains, and writes the result to the output directory."""
+def train(run: Run) -> int:
+    """Trains, and writes the result to the output directory; the exit code is 1 if it could not be pushed."""
     trainer = run.trainer
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=run.checkpoint)
     seconds = time.perf_counter() - start
+    weights = trainer.released_weights()  # by all processes
     if not trainer.is_world_process_zero():
-        return
+        return 0
     facts = RunFacts(
         argv=command_line(),
         target=run.settings.model_path,
-        dataset=run.data.dataset,
-        dataset_split=run.data.dataset_split,
-        data_sha256=content_hash(trainer.train_dataset),
-        num_rows=len(trainer.train_dataset),
+        dataset=run.data.dataset_name,
+        dataset_split=run.data.split_name,
+        data_sha256=content_hash(run.prepared.rows),
+        num_rows=len(run.prepared.rows),
         num_supervised_tokens=run.num_supervised_tokens,
         num_steps=trainer.state.global_step,
         num_ttt_steps=trainer.args.num_ttt_steps,
         seconds=seconds,
         device=device_name(trainer.args.device),
+        longest_row=max(run.prepared.rows["length"]),
+        hardware=hardware_facts(trainer.args.device, trainer.args.world_size),
+        arguments=all_arguments(run.data, run.settings, trainer.args),
+        repo_id=None if run.destination is None else run.destination.repo_id,
     )
     output_dir = Path(trainer.args.output_dir)
-    write_release(trainer.draft, output_dir, facts, trainer.state.log_history)
+    names = write_release(trainer.model, output_dir, facts, trainer.state.log_history, weights)
     logger.info("The draft head is in %s.", output_dir)
+    return 0 if run.destination is None or push_result(output_dir, names, run.destination) else 1
 
 
 def check_writable(output_dir: Path) -> None:
@@ -153,8 +255,8 @@ def draft_config(target_config: PreTrainedConfig, settings: DraftArguments) -> E
     """The draft's configuration: the target's shape with what the user asked for."""
     overrides = {"attention_type": settings.attention_type, "attn_implementation": settings.attn_implementation}
     vocab_size = target_config.get_text_config(decoder=True).vocab_size
-    overrides["draft_vocab_size"] = min(DEFAULT_DRAFT_VOCAB_SIZE, vocab_size)
-    for name in ("draft_vocab_size", "mla_latent_dim", "mla_rope_dim"):
+    overrides["draft_vocab_size"] = settings.num_draft_tokens(vocab_size)
+    for name in ("mla_latent_dim", "mla_rope_dim", "embed_residual", "fc_norm"):
         if getattr(settings, name) is not None:
             overrides[name] = getattr(settings, name)
     return Eagle3MLAConfig.from_target(target_config, **overrides)
@@ -190,20 +292,3 @@ def check_same_vocabulary(draft: TTTDraftModel, checkpoint: str) -> None:
             f"The dataset gives another draft vocabulary than {checkpoint} has. "
             "Resume with the data of the interrupted run."
         )
-
-
-def load_target(settings: DraftArguments, device: torch.device) -> PreTrainedModel:
-    """The target in evaluation mode on `device`; half precision is slow on a CPU, so float32 is the default there."""
-    dtype = settings.target_dtype
-    if dtype == "auto" and device.type == "cpu":
-        dtype = "float32"
-    target = AutoModelForCausalLM.from_pretrained(settings.model_path, dtype=dtype)
-    return target.requires_grad_(False).to(device).eval()
-
-
-def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, target: PreTrainedModel) -> list[int]:
-    """Tokens that end generation, by the tokenizer and by the target's generation config."""
-    ids = [tokenizer.eos_token_id]
-    configured = target.generation_config.eos_token_id
-    ids += configured if isinstance(configured, list) else [configured]
-    return [token for token in ids if token is not None]

@@ -7,16 +7,22 @@ import platform
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
+from torch import Tensor
+from transformers import TrainingArguments
 
-from ..configuration_eagle3_mla import Eagle3MLAConfig
+from .adapters import adapter_card, is_adapter
+from .card import CARD_FILE, EVALUATIONS_FILE, model_card
+from .plots import CURVES_FILE, draw_curves, has_curves
 from .ttt import TTTDraftModel
 
 STAGING_DIRECTORY = ".incomplete-result"
+PROVENANCE_FILE = "provenance.json"
+SECRET_FLAGS = ("--hub-token", "--hub_token")
 RECORDED_PACKAGES = ("eagle3-mla", "torch", "transformers", "datasets", "accelerate")
 
 
@@ -37,6 +43,10 @@ class RunFacts:
         num_ttt_steps (`int`): Steps of training-time test.
         seconds (`float`): Wall-clock time of the training loop of the last process that trained.
         device (`str`): What it ran on.
+        longest_row (`int`): Tokens of the longest row that was trained on.
+        hardware (`dict`): From `hardware_facts`.
+        arguments (`dict`): All arguments, given or not, from `all_arguments`.
+        repo_id (`str`, *optional*): Hub repository that the result is pushed to.
     """
 
     argv: list[str]
@@ -50,36 +60,71 @@ class RunFacts:
     num_ttt_steps: int
     seconds: float
     device: str
+    longest_row: int
+    hardware: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, Any] = field(default_factory=dict)
+    repo_id: str | None = None
 
 
-def write_release(draft: TTTDraftModel, output_dir: Path, facts: RunFacts, log_history: list[dict]) -> None:
+def write_release(
+    draft: TTTDraftModel,
+    output_dir: Path,
+    facts: RunFacts,
+    log_history: list[dict],
+    weights: dict[str, Tensor] | None = None,
+) -> list[str]:
     """
-    Writes weights, config, code, `README.md`, `provenance.json` and `training_log.jsonl` to `output_dir`.
+    Writes weights, config, code, `README.md`, `training_curves.png`, `provenance.json` and `training_log.jsonl`.
+
+    Args:
+        draft ([`TTTDraftModel`] or `peft.PeftModel`): The trained head, or its adapter.
+        output_dir (`Path`): An existing directory.
+        facts ([`RunFacts`]): Of the run.
+        log_history (`list[dict]`): Of the Trainer.
+        weights (`dict[str, torch.Tensor]`, *optional*): To be written in the place of the draft's own.
+
+    Returns:
+        `list[str]`: Names of the files and folders that were written.
 
     **Effects**: files of an earlier result are replaced, each at once, after all of the new ones are complete.
     """
     staging = output_dir / STAGING_DIRECTORY
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
-    draft.save_pretrained(staging)
-    (staging / "README.md").write_text(model_card(draft.config, facts, log_history), encoding="utf-8")
-    (staging / "provenance.json").write_text(json.dumps(provenance(facts), indent=2) + "\n", encoding="utf-8")
+    draft.save_pretrained(staging, state_dict=weights)
+    is_logged = has_curves(log_history)
+    if is_logged:
+        draw_curves(log_history, staging / CURVES_FILE)
+    card = model_card(draft.config, facts, log_history, is_logged)
+    if is_adapter(staging):
+        card = adapter_card(card, draft.active_peft_config.base_model_name_or_path)
+    (staging / CARD_FILE).write_text(card, encoding="utf-8")
+    (staging / PROVENANCE_FILE).write_text(json.dumps(provenance(facts), indent=2) + "\n", encoding="utf-8")
     log_lines = "".join(json.dumps(entry) + "\n" for entry in log_history)
     (staging / "training_log.jsonl").write_text(log_lines, encoding="utf-8")
-    for entry in staging.iterdir():
-        published = output_dir / entry.name
+    names = sorted(entry.name for entry in staging.iterdir())
+    for name in names:
+        published = output_dir / name
         if published.is_dir():
             shutil.rmtree(published)
-        os.replace(entry, published)
+        os.replace(staging / name, published)
     staging.rmdir()
+    # Numbers of the head that was here before.
+    (output_dir / EVALUATIONS_FILE).unlink(missing_ok=True)
+    return names
 
 
-def provenance(facts: RunFacts) -> dict:
+def provenance(facts: RunFacts) -> dict[str, Any]:
     """The run's facts with the versions and the commit of the code."""
+    return asdict(facts) | code_facts()
+
+
+def code_facts() -> dict[str, Any]:
+    """Commit and versions of the code that runs."""
     versions = {"python": platform.python_version()}
     for package in RECORDED_PACKAGES:
         versions[package] = importlib.metadata.version(package)
-    return {**asdict(facts), "commit": code_commit(), "versions": versions}
+    return {"commit": code_commit(), "versions": versions}
 
 
 def code_commit() -> str | None:
@@ -92,36 +137,6 @@ def code_commit() -> str | None:
     return finished.stdout.strip() or None
 
 
-def model_card(config: Eagle3MLAConfig, facts: RunFacts, log_history: list[dict]) -> str:
-    """`README.md` of the result."""
-    # A local path is no model id; the Hub would refuse it.
-    base_model = None if Path(facts.target).exists() else facts.target
-    metadata = ModelCardData(
-        base_model=base_model,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        tags=["eagle3", "speculative-decoding", config.attention_type],
-    )
-    target_name = base_model or Path(facts.target).resolve().name
-    return CARD.format(
-        metadata=metadata.to_yaml(),
-        target_name=target_name,
-        target=facts.target,
-        attention=_attention_sentence(config),
-        num_steps=facts.num_steps,
-        num_rows=facts.num_rows,
-        num_supervised_tokens=facts.num_supervised_tokens,
-        dataset=facts.dataset if not Path(facts.dataset).exists() else Path(facts.dataset).name,
-        num_ttt_steps=facts.num_ttt_steps,
-        draft_vocab_size=config.draft_vocab_size,
-        vocab_size=config.vocab_size,
-        device=facts.device,
-        seconds=facts.seconds,
-        metrics=_metrics_table(log_history),
-        command=" ".join(facts.argv),
-    )
-
-
 def device_name(device: torch.device) -> str:
     """The device in words, for people who want to compare times."""
     if device.type == "cuda":
@@ -129,65 +144,41 @@ def device_name(device: torch.device) -> str:
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
+def hardware_facts(device: torch.device, num_processes: int) -> dict[str, Any]:
+    """What a time or a memory figure of the run depends on."""
+    facts: dict[str, Any] = {
+        "device": device_name(device),
+        "num_processes": num_processes,
+        "machine": platform.machine(),
+        "num_cpu_cores": os.cpu_count(),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["device_memory_bytes"] = properties.total_memory
+        facts["peak_memory_bytes"] = torch.cuda.max_memory_allocated(device)
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def all_arguments(*groups: Any) -> dict[str, Any]:
+    """Every argument by the name of its group's class, as JSON knows it; tokens are masked."""
+    return {type(group).__name__: as_json(group) for group in groups}
+
+
+def as_json(group: Any) -> dict[str, Any]:
+    """The fields of arguments; `TrainingArguments` masks its tokens itself."""
+    assert is_dataclass(group)
+    fields = group.to_dict() if isinstance(group, TrainingArguments) else asdict(group)
+    return json.loads(json.dumps(fields, default=str))
+
+
 def command_line() -> list[str]:
-    return [Path(sys.argv[0]).name, *sys.argv[1:]]
-
-
-def _attention_sentence(config: Eagle3MLAConfig) -> str:
-    cached = config.cached_elements_per_token
-    if config.attention_type == "gqa":
-        return f"standard attention; its cache holds {cached} numbers per token and layer"
-    standard = 2 * config.num_key_value_heads * config.head_dim
-    return (
-        f"multi-head latent attention; its cache holds {cached} numbers per token and layer, "
-        f"{standard / cached:.1f} times fewer than a standard head of this shape"
-    )
-
-
-def _metrics_table(log_history: list[dict]) -> str:
-    """Metrics of the last logged steps, measured on the training data while it was trained on."""
-    entries = [entry for entry in log_history if "simulated_acceptance_length" in entry]
-    if not entries:
-        return "not measured"
-    last = entries[-1]
-    accuracies = [(name, value) for name, value in last.items() if name.startswith("accuracy_")]
-    lines = ["| | |", "|---|---|", f"| loss | {last['loss']:.3f} |"]
-    lines.append(f"| simulated acceptance length | {last['simulated_acceptance_length']:.2f} |")
-    lines += [f"| accuracy at step {name.removeprefix('accuracy_')} | {value:.3f} |" for name, value in accuracies]
-    return "\n".join(lines)
-
-
-CARD = """---
-{metadata}
----
-
-# EAGLE-3 draft head for {target_name}
-
-A draft for speculative decoding with `{target_name}`: `generate()` gives the same output in fewer calls of the target.
-It has {attention}.
-
-```python
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-target = AutoModelForCausalLM.from_pretrained("{target}")
-tokenizer = AutoTokenizer.from_pretrained("{target}")
-draft = AutoModel.from_pretrained("<this repository>", trust_remote_code=True)
-inputs = tokenizer("...", return_tensors="pt")
-print(tokenizer.decode(target.generate(**inputs, assistant_model=draft)[0]))
-```
-
-## Training
-
-{num_steps} steps on `{dataset}` ({num_rows} conversations, {num_supervised_tokens} tokens of the assistant per epoch),
-{num_ttt_steps} steps of training-time test, draft vocabulary {draft_vocab_size} of {vocab_size};
-{seconds:.0f} seconds on {device}.
-
-    {command}
-
-Metrics of the last logged steps, on the training data. The simulated acceptance length counts the bonus token; for the
-acceptance length on held-out prompts run `scripts/eval_eagle.py`.
-
-{metrics}
-
-`provenance.json` holds versions, commit and the hash of the data, `training_log.jsonl` the course of the training.
-"""
+    """The command without secrets: it goes into the card."""
+    argv = [Path(sys.argv[0]).name]
+    hides_next = False
+    for argument in sys.argv[1:]:
+        flag, has_value, _ = argument.partition("=")
+        is_secret = flag in SECRET_FLAGS
+        argv.append("***" if hides_next else f"{flag}=***" if is_secret and has_value else argument)
+        hides_next = is_secret and not has_value
+    return argv

@@ -10,19 +10,24 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel, ProgressCallback, Trainer, TrainerCallback
+from torch import Tensor, nn
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
 
+from .adapters import base_draft
 from .arguments import Eagle3TrainingArguments
-from .data import LengthGroupedSampler
+from .averaging import WeightAveraging
+from .batching import LengthGroupedSampler
+from .documents import count_supervised_rows
 from .losses import acceptance_metrics, step_weights
 from .target import Teacher
-from .ttt import TTTDraftModel, TTTOutput, count_supervised_rows, taught_positions
+from .ttt import TTTDraftModel, TTTOutput
 
 STAGING_DIRECTORY = ".incomplete-checkpoint"
 NEWEST_CHECKPOINT = "checkpoint"
+# Components of the names of the weights that `up_projection_lr_factor` concerns.
+UP_PROJECTIONS = {"W_uk", "W_uv"}
 
 
 class Eagle3Trainer(Trainer):
@@ -30,38 +35,86 @@ class Eagle3Trainer(Trainer):
     Trains a draft against a frozen target.
 
     Args:
-        model ([`TTTDraftModel`]): The draft.
-        target (`PreTrainedModel`): The target, on its device.
+        model ([`TTTDraftModel`] or `peft.PeftModel`): The draft, or one in an adapter.
+        teacher ([`Teacher`]): The target, or its stored features.
         args ([`Eagle3TrainingArguments`]): Arguments of the run.
         kwargs: As for `transformers.Trainer`; `train_dataset` comes from `tokenize_conversations`.
 
     Raises:
-        ValueError: If the draft does not fit the target, or one process sees several GPUs.
+        ValueError: If one process sees several GPUs.
+        NotImplementedError: If the draft is to be sharded in a way that this trainer cannot save.
     """
 
-    def __init__(self, model: TTTDraftModel, target: PreTrainedModel, args: Eagle3TrainingArguments, **kwargs):
+    def __init__(self, model: TTTDraftModel, teacher: Teacher, args: Eagle3TrainingArguments, **kwargs):
         if args.n_gpu > 1:
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs. Start one process per GPU with `torchrun` or `accelerate "
                 "launch`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
-        # Before the Trainer, which makes the output directory.
-        self.teacher = Teacher(target, model)
+        self.teacher = teacher
         super().__init__(model=model, args=args, **kwargs)
         # `compute_loss` normalises by the global batch itself.
         self.model_accepts_loss_kwargs = True
-        self.draft = model
+        self.draft = base_draft(model)
+        self.draft.recomputes_attention = args.recompute_attention
+        self.averaging = None if args.ema_decay is None else WeightAveraging(args.ema_decay)
+        if self.averaging is not None:
+            self.add_callback(self.averaging)
+        self.check_sharding()
         self.tallies = torch.zeros(3, args.num_ttt_steps, dtype=torch.long, device=args.device)
         self.run_directory = Path(args.output_dir)
         if self.callback_handler.pop_callback(ProgressCallback) is not None:
             self.add_callback(DraftProgressCallback)
+
+    def check_sharding(self) -> None:
+        """
+        Raises:
+            NotImplementedError: If weights would not be whole tensors, or tensors sharded one by one.
+        """
+        if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
+            raise NotImplementedError("The draft is sharded by FSDP2 only: set `fsdp_version: 2`.")
+        if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
+            raise NotImplementedError("ZeRO stage 3 would shard a draft of one layer: use stage 2.")
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with `up_projection_lr_factor` for the up-projections of the latent."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.args.up_projection_lr_factor != 1.0:
+            named = (self.model if model is None else model).named_parameters()
+            up_projections = {weight for name, weight in named if not UP_PROJECTIONS.isdisjoint(name.split("."))}
+            split_groups(optimizer, up_projections, self.args.up_projection_lr_factor)
+        return optimizer
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """As `Trainer.train`; the average of the weights resumes with them."""
+        if self.averaging is not None:
+            self.averaging.resume_from(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, **kwargs) -> None:
+        """Nothing, if training goes on from its last checkpoint: the Trainer would make one step more."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**kwargs)
+
+    def released_weights(self) -> dict[str, Tensor]:
+        """
+        The weights of the result, averaged if the run averages.
+
+        Every process has to call this; where the draft is sharded, the main process gets the weights, others nothing.
+        """
+        weights = self.accelerator.get_state_dict(self.model_wrapped if self.is_deepspeed_enabled else self.model)
+        averages = {} if self.averaging is None else self.averaging.whole()
+        return {
+            name: averages[name].to(weight.dtype) if name in averages else weight for name, weight in weights.items()
+        }
 
     def get_batch_samples(self, epoch_iterator, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
         """The micro-batches of one optimizer step, and the supervised rows of each TTT step over all processes."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         num_supervised = torch.zeros(self.args.num_ttt_steps, dtype=torch.long, device=device)
         for batch in batches:
-            counts = count_supervised_rows(batch["loss_mask"], batch["attention_mask"], self.args.num_ttt_steps)
+            counts = count_supervised_rows(batch["loss_mask"], batch["document_ids"], self.args.num_ttt_steps)
             num_supervised += counts.to(device)
         return batches, self.accelerator.reduce(num_supervised)
 
@@ -69,19 +122,20 @@ class Eagle3Trainer(Trainer):
         self, model, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Tensor | None = None
     ) -> Tensor | tuple[Tensor, TTTOutput]:
         """This process's share of the global batch's loss; `num_items_in_batch (K,)` counts supervised rows."""
-        input_ids, loss_mask, document_ids = inputs["input_ids"], inputs["loss_mask"], inputs["attention_mask"]
+        input_ids, loss_mask, document_ids = inputs["input_ids"], inputs["loss_mask"], inputs["document_ids"]
         if num_items_in_batch is None:
             num_items_in_batch = count_supervised_rows(loss_mask, document_ids, self.args.num_ttt_steps)
-        lesson = self.teacher.teach(input_ids, document_ids, taught_positions(loss_mask, document_ids))
+        lesson = self.teacher.lesson(inputs)
         output = model(
             input_ids=input_ids,
             inputs_embeds=None if self.draft.config.owns_embeddings else self.teacher.embed(input_ids),
             aux_hidden_states=lesson.aux_hidden_states,
-            teacher_logits=lesson.logits,
-            teacher_tokens=lesson.tokens,
+            last_hidden_states=lesson.last_hidden_states,
+            target_logits=self.teacher.logits,
             loss_mask=loss_mask,
             document_ids=document_ids,
-            step_weights=step_weights(num_items_in_batch, self.args.ttt_decay),
+            step_weights=step_weights(num_items_in_batch, self.args.step_weights),
+            loss=self.args.loss,
         )
         self.tallies += torch.stack([output.num_supervised, output.hits, output.prefix_hits])
         # Data parallelism averages gradients over processes, the weights already divide by all of them.
@@ -123,6 +177,9 @@ class Eagle3Trainer(Trainer):
         self.accelerator.wait_for_everyone()
         try:
             super()._save_checkpoint(model, trial)
+            if self.averaging is not None:
+                name = f"checkpoint-{self.state.global_step}"
+                self.averaging.save(self.run_directory / name, is_writer=self.args.should_save)
         finally:
             self.run_directory = output_dir
         self.accelerator.wait_for_everyone()
@@ -155,6 +212,18 @@ class DraftProgressCallback(ProgressCallback):
             f"accuracy {' '.join(f'{accuracy:.3f}' for accuracy in accuracies)}"
         )
         self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+
+
+def split_groups(optimizer: torch.optim.Optimizer, weights: set[nn.Parameter], lr_factor: float) -> None:
+    """Moves `weights` to groups of their own, at `lr_factor` times the learning rate of the groups they leave.
+
+    **Effects**: appends to the optimizer's groups; whatever else holds for a group holds for what left it.
+    """
+    for group in list(optimizer.param_groups):
+        moved = [weight for weight in group["params"] if weight in weights]
+        group["params"] = [weight for weight in group["params"] if weight not in weights]
+        if moved:
+            optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * lr_factor})
 
 
 def publish_checkpoint(output_dir: Path, name: str) -> None:
