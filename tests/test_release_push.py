@@ -150,7 +150,7 @@ def test_what_cannot_be_pushed_is_not_trained(destination, hub, command, capsys,
 def test_who_is_not_logged_in_learns_it_before_the_data_are_read(hub, command, capsys, monkeypatch):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
-    monkeypatch.setattr(cli, "load_conversations", lambda *args: pytest.fail("the data were read"))
+    monkeypatch.setattr(cli, "prepare_rows", lambda *args: pytest.fail("the data were read"))
     with pytest.raises(SystemExit):
         run(command)
     assert "hf auth login" in capsys.readouterr().err
