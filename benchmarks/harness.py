@@ -1,5 +1,6 @@
 """What the benchmarks share: timing and memory of a function on the GPU, and the facts that go with a number."""
 
+import os
 import platform
 import sys
 import time
@@ -73,7 +74,8 @@ def write_table(path: Path, title: str, columns: list[str], rows: list[list[str]
 
 def conditions() -> str:
     """Commit, hardware and versions."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     return (
-        f"Commit {code_commit() or 'unknown'}, {torch.cuda.get_device_name()}, Python {platform.python_version()}, "
+        f"Commit {code_commit() or 'unknown'}, {device}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, transformers {transformers.__version__}."
     )
