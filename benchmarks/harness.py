@@ -33,10 +33,9 @@ class Cost:
 
 
 def measure(function: Callable[[], None], num_calls: int) -> Cost | None:
-    """Cost of `function` over `num_calls` calls after the first two; `None` if it does not fit into memory."""
+    """Cost of `function` over `num_calls` calls after the first; `None` if it does not fit into memory."""
     try:
         first_seconds = timed(function)
-        timed(function)
         torch.cuda.reset_peak_memory_stats()
         seconds = sorted(timed(function) for _ in range(num_calls))
     except torch.OutOfMemoryError:

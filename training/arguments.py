@@ -270,8 +270,9 @@ class Eagle3TrainingArguments(TrainingArguments):
     ema_decay: float | None = field(
         default=None, metadata={"help": "Release an average of the weights that keeps this share of itself per step."}
     )
-    up_projection_lr_factor: float = field(
-        default=1.0, metadata={"help": "Factor on the learning rate of W_uk and W_uv."}
+    muon_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Train the matrices by Muon at this peak rate. Default: `--optim` trains them too."},
     )
 
     diagnose: bool = field(
@@ -321,8 +322,8 @@ class Eagle3TrainingArguments(TrainingArguments):
                 f"`--ttt-step-weights` must have one weight for each of {self.num_ttt_steps} steps, got "
                 f"{len(self.ttt_step_weights)}."
             )
-        if self.up_projection_lr_factor <= 0:
-            raise ValueError(f"`--up-projection-lr-factor` must be positive, got {self.up_projection_lr_factor}.")
+        if self.muon_learning_rate is not None and not 0 < self.muon_learning_rate < math.inf:
+            raise ValueError(f"`--muon-learning-rate` must be positive and finite, got {self.muon_learning_rate}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`--ema-decay` must be between 0 and 1, both excluded, got {self.ema_decay}.")
         if self.bf16 is None:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import rotate_checkpoints
@@ -21,13 +21,12 @@ from .averaging import WeightAveraging
 from .batching import LengthGroupedSampler
 from .documents import count_supervised_rows
 from .losses import acceptance_metrics, step_weights
+from .optimization import MuonBeside, hidden_matrices
 from .target import Teacher
 from .ttt import TTTDraftModel, TTTOutput
 
 STAGING_DIRECTORY = ".incomplete-checkpoint"
 NEWEST_CHECKPOINT = "checkpoint"
-# Components of the names of the weights that `up_projection_lr_factor` concerns.
-UP_PROJECTIONS = {"W_uk", "W_uv"}
 
 
 class Eagle3Trainer(Trainer):
@@ -69,22 +68,25 @@ class Eagle3Trainer(Trainer):
     def check_sharding(self) -> None:
         """
         Raises:
-            NotImplementedError: If weights would not be whole tensors, or tensors sharded one by one.
+            NotImplementedError: If weights would not be whole tensors, or tensors sharded one by one, or Muon gets
+                parts of them.
         """
         if self.is_fsdp_enabled and self.accelerator.state.fsdp_plugin.fsdp_version != 2:
             raise NotImplementedError("The draft is sharded by FSDP2 only: set `fsdp_version: 2`.")
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise NotImplementedError("ZeRO stage 3 would shard a draft of one layer: use stage 2.")
+        if self.args.muon_learning_rate is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise NotImplementedError(
+                "`--muon-learning-rate` needs whole matrices and their gradients: train without FSDP and DeepSpeed."
+            )
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """The Trainer's optimizer, with `up_projection_lr_factor` for the up-projections of the latent."""
-        is_new = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        if is_new and self.args.up_projection_lr_factor != 1.0:
-            named = (self.model if model is None else model).named_parameters()
-            up_projections = {weight for name, weight in named if not UP_PROJECTIONS.isdisjoint(name.split("."))}
-            split_groups(optimizer, up_projections, self.args.up_projection_lr_factor)
-        return optimizer
+        """The Trainer's optimizer, with Muon beside it if the run has a rate for that."""
+        if self.optimizer is None and self.args.muon_learning_rate is not None:
+            matrices = hidden_matrices(self.model if model is None else model)
+            other = super().create_optimizer(model)
+            self.optimizer = MuonBeside(other, matrices, self.args.muon_learning_rate, self.args.weight_decay)
+        return super().create_optimizer(model)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """As `Trainer.train`; the average of the weights resumes with them."""
@@ -212,18 +214,6 @@ class DraftProgressCallback(ProgressCallback):
             f"accuracy {' '.join(f'{accuracy:.3f}' for accuracy in accuracies)}"
         )
         self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
-
-
-def split_groups(optimizer: torch.optim.Optimizer, weights: set[nn.Parameter], lr_factor: float) -> None:
-    """Moves `weights` to groups of their own, at `lr_factor` times the learning rate of the groups they leave.
-
-    **Effects**: appends to the optimizer's groups; whatever else holds for a group holds for what left it.
-    """
-    for group in list(optimizer.param_groups):
-        moved = [weight for weight in group["params"] if weight in weights]
-        group["params"] = [weight for weight in group["params"] if weight not in weights]
-        if moved:
-            optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * lr_factor})
 
 
 def publish_checkpoint(output_dir: Path, name: str) -> None:

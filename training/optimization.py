@@ -1,0 +1,71 @@
+"""Muon for the matrices of the draft, beside the optimizer that the Trainer makes for everything else.
+
+Muon (K. Jordan et al., 2024, kellerjordan.github.io/posts/muon) replaces the gradient of a matrix by the nearest
+orthogonal one, so that all its directions learn at one speed. Updates are scaled to the size of AdamW's
+(arXiv:2502.16982, Eq. 4). `lm_head`, embeddings and norms stay with the other optimizer.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+# Components of the names of matrices that look tokens up instead of mapping states to states.
+TOKEN_MATRICES = {"lm_head", "embed_tokens"}
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable matrices that map states to states."""
+    return [
+        weight
+        for name, weight in model.named_parameters()
+        if weight.requires_grad and weight.dim() == 2 and TOKEN_MATRICES.isdisjoint(name.split("."))
+    ]
+
+
+class MuonBeside(torch.optim.Optimizer):
+    """
+    Two optimizers as one: their groups share a schedule, and they are saved and restored together.
+
+    Args:
+        other (`torch.optim.Optimizer`): Not used yet. **Effects**: `matrices` leave its groups.
+        matrices (`Iterable[nn.Parameter]`): What Muon trains.
+        learning_rate (`float`): Of Muon.
+        weight_decay (`float`): Of Muon.
+    """
+
+    def __init__(
+        self,
+        other: torch.optim.Optimizer,
+        matrices: Iterable[nn.Parameter],
+        learning_rate: float,
+        weight_decay: float,
+    ):
+        matrices = list(matrices)
+        moved = set(matrices)
+        for group in other.param_groups:
+            group["params"] = [weight for weight in group["params"] if weight not in moved]
+        muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        self.parts = muon, other
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part in self.parts:
+            part.step()
+        return loss
+
+    def state_dict(self) -> dict:
+        """The state of both, under `parts`."""
+        return {"parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Restores what `state_dict` gave."""
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
+            part.load_state_dict(state)
+        # Loading gave the parts new groups; a schedule has to find these.
+        self.param_groups = [group for part in self.parts for group in part.param_groups]
