@@ -138,6 +138,9 @@ def main() -> None:
     parser.add_argument("training", nargs="*", help="flags of the training command that all heads share, after --")
     arguments = parser.parse_args()
     prompts = split_by_source(arguments.prompts, arguments.work_dir / "prompts")
+    columns = ["head", "acceptance length", "by seed", "acceptance by depth"]
+    columns += list(prompts) if len(prompts) > 1 else []
+    output = arguments.output or Path(f"benchmarks/results/acceptance_{arguments.table}.md")
     rows = []
     for number, (name, flags) in enumerate(recipes_of(arguments.table, arguments.target).items()):
         scores = []
@@ -147,10 +150,7 @@ def main() -> None:
             scores.append(evaluate(arguments, head, flags[1], prompts))
         rows.append(row(name, scores))
         print(*rows[-1], flush=True)
-    columns = ["head", "acceptance length", "by seed", "acceptance by depth"]
-    columns += list(prompts) if len(prompts) > 1 else []
-    output = arguments.output or Path(f"benchmarks/results/acceptance_{arguments.table}.md")
-    write_table(output, f"Acceptance length: {arguments.table}", columns, rows, __doc__.split("\n\n")[1])
+        write_table(output, f"Acceptance length: {arguments.table}", columns, rows, __doc__.split("\n\n")[1])
 
 
 if __name__ == "__main__":

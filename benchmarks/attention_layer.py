@@ -90,14 +90,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/attention_layer.md"))
     arguments = parser.parse_args()
     rate = matrix_product_rate()
+    note = __doc__.replace("\n", " ") + f"\nMatrix products: {rate / 1e12:.0f} TFLOP/s."
+    columns = ["backend", "batch", "length", "ms", "peak GB", "limit, ms", "times the limit", "first call, s"]
     rows = []
     for batch_size, num_tokens in GEOMETRIES:
         for name in arguments.backends:
             torch.cuda.empty_cache()
             rows.append(benchmark(name, batch_size, num_tokens, rate))
-    columns = ["backend", "batch", "length", "ms", "peak GB", "limit, ms", "times the limit", "first call, s"]
-    note = __doc__.replace("\n", " ") + f"\nMatrix products: {rate / 1e12:.0f} TFLOP/s."
-    write_table(arguments.output, "Attention layer in the training unroll", columns, rows, note)
+            print(*rows[-1], flush=True)
+            write_table(arguments.output, "Attention layer in the training unroll", columns, rows, note)
 
 
 if __name__ == "__main__":

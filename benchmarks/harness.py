@@ -62,13 +62,12 @@ def matrix_product_rate(size: int = 8192) -> float:
 
 
 def write_table(path: Path, title: str, columns: list[str], rows: list[list[str]], note: str) -> None:
-    """A markdown file with the table, how it was made and on what; also printed."""
+    """A markdown file with the table, how it was made and on what."""
     lines = [f"# {title}", "", note, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", f"    python {' '.join(sys.argv)}", "", conditions(), ""]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n".join(lines), encoding="utf-8")
-    print("\n".join(lines))
 
 
 def conditions() -> str:

@@ -20,6 +20,7 @@ from eagle3_mla.training.documents import count_supervised_rows
 from eagle3_mla.training.losses import step_weights
 from eagle3_mla.training.ttt import TTTDraftModel
 
+NOTE = __doc__.replace("\n", " ")
 NUM_TTT_STEPS = 7
 HIDDEN_SIZE, VOCAB_SIZE, DRAFT_VOCAB_SIZE = 4096, 128_256, 32_000
 
@@ -108,6 +109,7 @@ def main() -> None:
     parser.add_argument("--recompute-steps", action="store_true", help="as with --gradient-checkpointing")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/training_step.md"))
     arguments = parser.parse_args()
+    columns = ["backend", "batch", "length", "step, ms", "tokens/s", "peak GB", "first call, s"]
     rows = []
     for num_tokens, batch_size in itertools.product(arguments.lengths, arguments.batch_sizes):
         torch.compiler.reset()  # every shape gets kernels of its own, as rows of one fixed length do in training
@@ -115,8 +117,8 @@ def main() -> None:
             torch.cuda.empty_cache()
             rows.append(benchmark(backend, batch_size, num_tokens, arguments))
             print(*rows[-1], flush=True)
-    columns = ["backend", "batch", "length", "step, ms", "tokens/s", "peak GB", "first call, s"]
-    write_table(arguments.output, "Training step of an 8B target's head", columns, rows, __doc__.replace("\n", " "))
+            # After every row: one that is out of time or memory takes no other with it.
+            write_table(arguments.output, "Training step of an 8B target's head", columns, rows, NOTE)
 
 
 if __name__ == "__main__":
