@@ -5,7 +5,7 @@ at most seven drafts; where the prompts name their source, every source counts t
 `--work-dir` already is not trained again, so that a table can be interrupted, or trained on another machine.
 
     python benchmarks/acceptance.py losses --target examples/nano-target --dataset outputs/demo/data/train.jsonl \\
-        --prompts outputs/demo/data/heldout.jsonl -- --max-steps 300 --max-length 384 --num-ttt-steps 4
+        --prompts outputs/demo/data/heldout.jsonl --training --max-steps 300 --max-length 384 --num-ttt-steps 4
 """
 
 import argparse
@@ -135,7 +135,9 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--work-dir", type=Path, default=Path("outputs/acceptance"))
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/acceptance_TABLE.md")
-    parser.add_argument("training", nargs="*", help="flags of the training command that all heads share, after --")
+    parser.add_argument(
+        "--training", nargs=argparse.REMAINDER, default=[], help="flags that all trainings share; last"
+    )
     arguments = parser.parse_args()
     prompts = split_by_source(arguments.prompts, arguments.work_dir / "prompts")
     columns = ["head", "acceptance length", "by seed", "acceptance by depth"]
