@@ -95,11 +95,8 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Everything in a checkpoint that training goes on with: weights, averages, optimizer."""
     files = sorted(checkpoint.glob("*.safetensors"))
     tensors = {f"{file.name}: {name}": tensor for file in files for name, tensor in load_file(file).items()}
-    optimizer = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    for number, part in enumerate(optimizer.get("parts", [optimizer])):
-        state = part["state"]
-        tensors |= {f"{number}, {index}: {name}": tensor for index in state for name, tensor in state[index].items()}
-    return tensors
+    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
+    return tensors | {f"{index}: {name}": tensor for index in state for name, tensor in state[index].items()}
 
 
 def assert_same_bits(checkpoint: Path, expected: Path) -> None:
@@ -161,14 +158,45 @@ def test_muon_steps_matrices_along_the_orthogonal_factor_of_their_gradients(tmp_
 
 def test_muon_leaves_token_matrices_and_norms_to_the_other_optimizer(tmp_path):
     trainer = packed_trainer(tmp_path, weight_decay=0.1, muon_learning_rate=2e-3)
-    muon, *others = trainer.create_optimizer().param_groups
+    *others, muon = trainer.create_optimizer().param_groups
     names = {weight: name for name, weight in trainer.draft.named_parameters()}
     by_others = {names[weight] for group in others for weight in group["params"]}
     assert {name for name in names.values() if "norm" in name or "lm_head" in name} == by_others
     assert len(names) == len(by_others) + len(muon["params"])
     assert (muon["lr"], muon["weight_decay"]) == (2e-3, 0.1)
-    assert trainer.create_scheduler(num_training_steps=10).base_lrs == [2e-3, 1e-3, 1e-3]
+    assert trainer.create_scheduler(num_training_steps=10).base_lrs == [1e-3, 1e-3, 2e-3]
     assert trainer.create_optimizer() is trainer.optimizer
+
+
+RATES = {
+    "defaults": ({}, (1 / 16, 3 / 16)),
+    "a rate": ({"learning_rate": 0.5}, (0.5, 1.5)),
+    "a rate of Muon": ({"muon_learning_rate": 0.5}, (1 / 16, 0.5)),
+    "no Muon": ({"muon_learning_rate": 0.0}, (1 / 16, 0.0)),
+    "another optimizer": ({"optim": "sgd"}, (1 / 16, None)),
+}
+
+
+@pytest.mark.parametrize("case", RATES)
+def test_the_rate_of_muon_follows_that_of_the_other_optimizer(case, tmp_path):
+    given, expected = RATES[case]
+    args = Eagle3TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", **given)
+    args.set_default_rates(hidden_size=16, is_adapter=False)
+    assert (args.learning_rate, args.muon_learning_rate) == expected
+
+
+@pytest.mark.parametrize("launcher", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
+def test_a_sharded_draft_is_trained_by_one_optimizer(launcher, tmp_path, monkeypatch):
+    args = Eagle3TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    monkeypatch.setenv(launcher, "true")
+    args.set_default_rates(hidden_size=16, is_adapter=False)
+    assert args.muon_learning_rate is None
+
+
+def test_an_adapter_is_trained_by_one_optimizer_unless_told_otherwise(tmp_path):
+    args = Eagle3TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    args.set_default_rates(hidden_size=16, is_adapter=True)
+    assert args.muon_learning_rate is None
 
 
 def test_an_optimizer_with_muon_is_restored_with_its_schedule(tmp_path):
@@ -181,7 +209,7 @@ def test_an_optimizer_with_muon_is_restored_with_its_schedule(tmp_path):
     saved = copy.deepcopy(optimizer.state_dict())
     optimizer.step()
     optimizer.load_state_dict(saved)
-    assert [group["lr"] for group in optimizer.param_groups] == [2e-3, 1e-3, 1e-3]
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-3, 2e-3]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
     before = [weight.detach().clone() for weight in trainer.draft.parameters()]

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from .losses import LOSSES
@@ -21,6 +22,8 @@ ATTENTION_BACKENDS = {
 DEFAULT_DRAFT_VOCAB_SIZE = 32000
 # `--draft-vocab-size` for all tokens of the target.
 FULL_VOCABULARY = "full"
+# Muon's peak rate over that of AdamW.
+MUON_RATE_FACTOR = 3
 
 
 @dataclass(frozen=True)
@@ -272,7 +275,10 @@ class Eagle3TrainingArguments(TrainingArguments):
     )
     muon_learning_rate: float | None = field(
         default=None,
-        metadata={"help": "Train the matrices by Muon at this peak rate. Default: `--optim` trains them too."},
+        metadata={
+            "help": "Peak rate of Muon, which trains the matrices; 0: `--optim` trains them too. Default: 3 times "
+            "`--learning-rate`; for an adapter, a sharded draft or another `--optim`, 0."
+        },
     )
 
     diagnose: bool = field(
@@ -302,10 +308,23 @@ class Eagle3TrainingArguments(TrainingArguments):
         metadata={"help": "A checkpoint, or no value for the newest one.", "nargs": "?", "const": "True"},
     )
 
-    def set_default_learning_rate(self, hidden_size: int) -> None:
-        """Adam's best rate falls with the width (arXiv:2203.03466, Table 3); at width 256, 4e-3 was measured best."""
+    def set_default_rates(self, hidden_size: int, is_adapter: bool) -> None:
+        """
+        Adam's best rate falls with the width (arXiv:2203.03466, Table 3); at width 256, 4e-3 was measured best.
+
+        Three times that was measured best for Muon (benchmarks/results/log.md).
+        """
         if self.learning_rate is None:
             self.learning_rate = 1 / hidden_size
+        is_default_optimizer = self.optim == TrainingArguments.optim
+        if self.muon_learning_rate is None and is_default_optimizer and not is_adapter and not self.shards_the_draft:
+            self.muon_learning_rate = MUON_RATE_FACTOR * self.learning_rate
+
+    @property
+    def shards_the_draft(self) -> bool:
+        """True under FSDP and DeepSpeed, which give a process parts of a matrix or of its gradient."""
+        by_launcher = any(parse_flag_from_env(f"ACCELERATE_USE_{name}") for name in ("FSDP", "DEEPSPEED"))
+        return by_launcher or bool(self.fsdp) or self.deepspeed is not None
 
     @property
     def step_weights(self) -> list[float]:
@@ -322,8 +341,8 @@ class Eagle3TrainingArguments(TrainingArguments):
                 f"`--ttt-step-weights` must have one weight for each of {self.num_ttt_steps} steps, got "
                 f"{len(self.ttt_step_weights)}."
             )
-        if self.muon_learning_rate is not None and not 0 < self.muon_learning_rate < math.inf:
-            raise ValueError(f"`--muon-learning-rate` must be positive and finite, got {self.muon_learning_rate}.")
+        if self.muon_learning_rate is not None and not 0 <= self.muon_learning_rate < math.inf:
+            raise ValueError(f"`--muon-learning-rate` must be at least 0 and finite, got {self.muon_learning_rate}.")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`--ema-decay` must be between 0 and 1, both excluded, got {self.ema_decay}.")
         if self.bf16 is None:

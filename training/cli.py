@@ -105,7 +105,7 @@ def prepare(data: DataArguments, settings: DraftArguments, args: Eagle3TrainingA
     target_config = load_target_config(settings.model_path)
     fresh = settings.draft_checkpoint is None
     config = draft_config(target_config, settings) if fresh else trained_config(settings)
-    args.set_default_learning_rate(config.hidden_size)
+    args.set_default_rates(config.hidden_size, is_adapter=settings.lora_rank is not None)
     if checkpoint is not None:
         check_same_kind(settings, Path(checkpoint))
         if settings.lora_rank is None:

@@ -46,8 +46,16 @@ class MuonBeside(torch.optim.Optimizer):
         for group in other.param_groups:
             group["params"] = [weight for weight in group["params"] if weight not in moved]
         muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
-        self.parts = muon, other
+        self.parts = other, muon  # a log shows the rate of the first group: `--learning-rate`
         super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self.share()
+
+    def share(self) -> None:
+        """Lets the parts step with the groups and the state of this optimizer, which are saved and scheduled."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.state = self.state
+            part.param_groups = [next(groups) for _ in part.param_groups]
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -59,13 +67,7 @@ class MuonBeside(torch.optim.Optimizer):
             part.step()
         return loss
 
-    def state_dict(self) -> dict:
-        """The state of both, under `parts`."""
-        return {"parts": [part.state_dict() for part in self.parts]}
-
     def load_state_dict(self, state_dict: dict) -> None:
         """Restores what `state_dict` gave."""
-        for part, state in zip(self.parts, state_dict["parts"], strict=True):
-            part.load_state_dict(state)
-        # Loading gave the parts new groups; a schedule has to find these.
-        self.param_groups = [group for part in self.parts for group in part.param_groups]
+        super().load_state_dict(state_dict)
+        self.share()

@@ -75,14 +75,14 @@ class Eagle3Trainer(Trainer):
             raise NotImplementedError("The draft is sharded by FSDP2 only: set `fsdp_version: 2`.")
         if self.is_deepspeed_enabled and self.accelerator.state.deepspeed_plugin.zero_stage == 3:
             raise NotImplementedError("ZeRO stage 3 would shard a draft of one layer: use stage 2.")
-        if self.args.muon_learning_rate is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.args.muon_learning_rate and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise NotImplementedError(
                 "`--muon-learning-rate` needs whole matrices and their gradients: train without FSDP and DeepSpeed."
             )
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """The Trainer's optimizer, with Muon beside it if the run has a rate for that."""
-        if self.optimizer is None and self.args.muon_learning_rate is not None:
+        if self.optimizer is None and self.args.muon_learning_rate:
             matrices = hidden_matrices(self.model if model is None else model)
             other = super().create_optimizer(model)
             self.optimizer = MuonBeside(other, matrices, self.args.muon_learning_rate, self.args.weight_decay)
