@@ -308,6 +308,8 @@ WRONG_REQUESTS = {
     "no such layer": ({"--lora-target-modules": "k_proj"}, "must be among ['W_dkv', 'W_uk', 'W_uv', 'down_proj'"),
     "other attention": ({"--attention-backend": "sdpa"}, '`--attention-backend` sdpa trains "gqa" attention, but'),
     "other vocabulary": ({"--draft-vocab-size": "50"}, "`--draft-vocab-size` must be 100, as in"),
+    "other residual": ({"--embed-residual": "True"}, "`--embed-residual` must be left out: "),
+    "other feedback": ({"--norm-output": "True"}, "`--norm-output` must be left out: "),
     "no draft": ({"--draft-checkpoint": "./nowhere"}, "The draft ./nowhere cannot be loaded"),
 }
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from eagle3_mla.training import cli, placement
 from eagle3_mla.training.arguments import DraftArguments, Eagle3TrainingArguments
 from eagle3_mla.training.averaging import AVERAGE_FILE
+from eagle3_mla.training.trainer import Eagle3Trainer
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = [sys.executable, "-m", "torch.distributed.run"]
@@ -523,6 +525,30 @@ def test_a_target_on_two_devices_teaches_what_it_teaches_on_one(command, tmp_pat
 
 
 # Sharded.
+
+
+SHARDED = {
+    "FSDP1": (SimpleNamespace(fsdp_version=1), False, 0.0, "set `fsdp_version: 2`"),
+    "ZeRO-3": (None, True, 0.0, "use stage 2"),
+    "Muon under FSDP2": (SimpleNamespace(fsdp_version=2), False, 2e-3, "`--muon-learning-rate` needs whole matrices"),
+}
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_a_way_of_sharding_that_is_not_known_is_one_message(case, command, tmp_path, monkeypatch, capsys):
+    fsdp_plugin, is_deepspeed, muon_learning_rate, message = SHARDED[case]
+
+    def check(trainer):
+        trainer.is_fsdp_enabled, trainer.is_deepspeed_enabled = fsdp_plugin is not None, is_deepspeed
+        plugins = SimpleNamespace(fsdp_plugin=fsdp_plugin, deepspeed_plugin=SimpleNamespace(zero_stage=3))
+        trainer.accelerator = SimpleNamespace(state=plugins)
+        check_sharding(trainer)
+
+    check_sharding = Eagle3Trainer.check_sharding
+    monkeypatch.setattr(Eagle3Trainer, "check_sharding", check)
+    error = error_of(command | {"--muon-learning-rate": str(muon_learning_rate)}, capsys)
+    assert message in error
+    assert "Traceback" not in error
 
 
 FSDP = {

@@ -194,6 +194,9 @@ class DraftArguments:
         default=False, metadata={"help": "A row learns of its own token past the latent too; engines do not know it."}
     )
     fc_norm: bool = field(default=False, metadata={"help": "One RMSNorm for each auxiliary state, as in EAGLE-3.1."})
+    norm_output: bool = field(
+        default=False, metadata={"help": "Feed the state back after the final norm, as in EAGLE-3.1."}
+    )
     draft_checkpoint: str | None = field(
         default=None,
         metadata={"help": "A trained draft to go on from: a local directory or a Hub id. Its vocabulary is kept."},

@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         run = prepare(data, settings, args)
         if run.destination is not None:
             open_destination(run.destination)
-    except (ValueError, OSError) as error:
+    except (ValueError, NotImplementedError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
     return diagnose(run) if run.trainer.args.diagnose else train(run)
 
@@ -256,7 +256,7 @@ def draft_config(target_config: PreTrainedConfig, settings: DraftArguments) -> E
     overrides = {"attention_type": settings.attention_type, "attn_implementation": settings.attn_implementation}
     vocab_size = target_config.get_text_config(decoder=True).vocab_size
     overrides["draft_vocab_size"] = settings.num_draft_tokens(vocab_size)
-    for name in ("mla_latent_dim", "mla_rope_dim", "embed_residual", "fc_norm"):
+    for name in ("mla_latent_dim", "mla_rope_dim", "embed_residual", "fc_norm", "norm_output"):
         if getattr(settings, name) is not None:
             overrides[name] = getattr(settings, name)
     return Eagle3MLAConfig.from_target(target_config, **overrides)

@@ -40,6 +40,9 @@ def trained_config(settings: DraftArguments) -> Eagle3MLAConfig:
         if asked is not None and asked != getattr(config, name):
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"`{flag}` must be {getattr(config, name)}, as in {source}, or left out, got {asked}.")
+    for name in ("embed_residual", "fc_norm", "norm_output"):
+        if getattr(settings, name) and not getattr(config, name):
+            raise ValueError(f"`--{name.replace('_', '-')}` must be left out: {source} was trained without it.")
     return config
 
 

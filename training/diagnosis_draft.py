@@ -150,7 +150,7 @@ def judge_feedback(by_step: list[float], norm_output: bool) -> tuple[str, str]:
         "The weight of the final norm sets the size of the states fed back; train with a smaller one, or without "
         "`norm_output`."
         if norm_output
-        else "Train with `norm_output` (states are fed back after the final norm), or with a lower `--learning-rate`."
+        else "Train with `--norm-output` (feeds back what comes after the final norm), or a lower `--learning-rate`."
     )
     return (WARNING if extreme <= EXTREME_RATIO else FAILED), remedy
 
