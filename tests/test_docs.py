@@ -4,7 +4,6 @@ import argparse
 import re
 import runpy
 import sys
-import sys
 from functools import cache
 from pathlib import Path
 

@@ -170,6 +170,28 @@ def test_muon_leaves_token_matrices_and_norms_to_the_other_optimizer(tmp_path):
     assert trainer.create_optimizer() is trainer.optimizer
 
 
+RESUMED_OTHERWISE = {
+    "with Muon": ("--muon-learning-rate", "0", "2e-3", "`--muon-learning-rate` must be 0"),
+    "without Muon": ("--muon-learning-rate", "2e-3", "0", "`--muon-learning-rate` must be above 0"),
+    "with an average": ("--ema-decay", None, "0.9", "holds no average"),
+}
+
+
+@pytest.mark.parametrize("case", RESUMED_OTHERWISE)
+def test_a_run_does_not_resume_as_another_one(case, command, capsys):
+    flag, first, then, message = RESUMED_OTHERWISE[case]
+    run(command | ({} if first is None else {flag: first}))
+    error = error_of(command | {flag: then, "--resume-from-checkpoint": "True"}, capsys)
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_recomputing_steps_changes_no_bit_of_a_run(command, tmp_path):
+    run(command)
+    run(command | {"--output-dir": str(tmp_path / "recomputed"), "--gradient-checkpointing": "True"})
+    assert_same_bits(tmp_path / "recomputed" / "checkpoint", tmp_path / "out" / "checkpoint")
+
+
 RATES = {
     "defaults": ({}, (1 / 16, 3 / 16)),
     "a rate": ({"learning_rate": 0.5}, (0.5, 1.5)),
@@ -259,16 +281,21 @@ def test_the_result_is_the_average_and_a_checkpoint_has_both(command, tmp_path):
     assert (weights["fc.weight"] - averages["fc.weight"]).abs().max() > 0
 
 
-def test_an_average_cannot_begin_in_the_middle(command, tmp_path):
-    run(command)
-    resume = command | {"--resume-from-checkpoint": str(tmp_path / "out" / "checkpoint-2")}
-    with pytest.raises(ValueError, match="holds no average"):
-        run(resume, "--ema-decay", "0.9")
-
-
 @pytest.mark.parametrize("decay", ["0", "1", "1.5"])
 def test_a_decay_outside_of_its_range_is_refused(decay, command, capsys):
     assert "`--ema-decay` must be between 0 and 1" in error_of(command | {"--ema-decay": decay}, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the processes would take the GPUs together")
+def test_processes_that_would_train_side_by_side_are_refused(command):
+    """torchrun on a CPU: accelerate takes each process for a run of its own, and all would write to one place."""
+    del command["--use-cpu"]
+    started = subprocess.run(
+        [*LAUNCH, "--nproc-per-node", "2", TRAIN, *words(command)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert started.returncode != 0
+    assert "The launcher started 2 processes" in started.stderr
 
 
 # Trackers.

@@ -1,6 +1,7 @@
 """What the training command can be told: the data, the draft, and everything that `transformers.Trainer` knows."""
 
 import math
+import os
 from dataclasses import dataclass, field
 
 import torch
@@ -353,5 +354,11 @@ class Eagle3TrainingArguments(TrainingArguments):
             self.bf16 = wants_default and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.dataloader_pin_memory &= torch.cuda.is_available()
         super().__post_init__()
+        num_started = int(os.environ.get("WORLD_SIZE", "1"))
+        if num_started != self.world_size:
+            raise ValueError(
+                f"The launcher started {num_started} processes, but each would train by itself. On a CPU, add "
+                "`--use-cpu True`."
+            )
         if self.diagnose and self.world_size > 1:
             raise ValueError(f"`--diagnose` runs in one process, got {self.world_size}. Start it without a launcher.")

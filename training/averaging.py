@@ -68,17 +68,27 @@ class WeightAveraging(TrainerCallback):
             ValueError: If it has none, or one of other weights.
         """
         file = checkpoint / AVERAGE_FILE
-        if not file.is_file():
-            raise ValueError(
-                f"`--ema-decay` is {self.decay} but {checkpoint} holds no average. Resume with the arguments of the "
-                "interrupted run."
-            )
+        check_has_average(checkpoint, self.decay)
         saved = load_file(file)
         if saved.keys() != self.averages.keys():
             differing = sorted(saved.keys() ^ self.averages.keys())
             raise ValueError(f"The average in {file} has other weights than are trained: {differing}.")
         for name, average in self.averages.items():
             average.copy_(sharded_like(saved[name], average))
+
+
+def check_has_average(checkpoint: Path, decay: float) -> None:
+    """
+    Requires that a run which averages resumes with an average.
+
+    Raises:
+        ValueError: If `checkpoint` has none.
+    """
+    if not (checkpoint / AVERAGE_FILE).is_file():
+        raise ValueError(
+            f"`--ema-decay` is {decay} but {checkpoint} holds no average. "
+            "Resume with the arguments of the interrupted run."
+        )
 
 
 def trained_weights(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

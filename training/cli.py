@@ -25,6 +25,7 @@ from transformers import (
 from ..configuration_eagle3_mla import Eagle3MLAConfig
 from .adapters import add_adapter, check_same_adapter, check_same_kind, require_peft
 from .arguments import DataArguments, DraftArguments, Eagle3TrainingArguments
+from .averaging import check_has_average
 from .batching import PaddingCollator
 from .continuation import load_trained_draft, trained_config
 from .data import PreparedRows, content_hash, end_of_turn_ids, load_generation_config, prepare_rows
@@ -35,6 +36,7 @@ from .feature_training import choose_teacher, features_of_run, load_stored_targe
 from .hub import Destination, claim_destination, open_destination, push_result
 from .initialization import initialize_from_target
 from .inspection import print_inspection
+from .optimization import check_same_optimizer
 from .packing import pack_rows
 from .placement import check_placement, claim_devices, load_target, try_packing_together
 from .plots import CurvesCallback
@@ -107,9 +109,7 @@ def prepare(data: DataArguments, settings: DraftArguments, args: Eagle3TrainingA
     config = draft_config(target_config, settings) if fresh else trained_config(settings)
     args.set_default_rates(config.hidden_size, is_adapter=settings.lora_rank is not None)
     if checkpoint is not None:
-        check_same_kind(settings, Path(checkpoint))
-        if settings.lora_rank is None:
-            check_same_draft(config, checkpoint)
+        check_resumes(settings, args, config, checkpoint)
     destination = claim_destination(args)
     tokenizer = AutoTokenizer.from_pretrained(settings.model_path)
     if data.features is not None:
@@ -260,6 +260,23 @@ def draft_config(target_config: PreTrainedConfig, settings: DraftArguments) -> E
         if getattr(settings, name) is not None:
             overrides[name] = getattr(settings, name)
     return Eagle3MLAConfig.from_target(target_config, **overrides)
+
+
+def check_resumes(
+    settings: DraftArguments, args: Eagle3TrainingArguments, config: Eagle3MLAConfig, checkpoint: str
+) -> None:
+    """
+    Requires that the arguments are those of the run that wrote the checkpoint, as far as its files tell.
+
+    Raises:
+        ValueError: Names what differs.
+    """
+    check_same_kind(settings, Path(checkpoint))
+    check_same_optimizer(bool(args.muon_learning_rate), Path(checkpoint))
+    if args.ema_decay is not None:
+        check_has_average(Path(checkpoint), args.ema_decay)
+    if settings.lora_rank is None:
+        check_same_draft(config, checkpoint)
 
 
 def check_same_draft(config: Eagle3MLAConfig, checkpoint: str) -> None:

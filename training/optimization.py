@@ -6,9 +6,11 @@ orthogonal one, so that all its directions learn at one speed. Updates are scale
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
+from transformers.trainer import OPTIMIZER_NAME
 
 # Components of the names of matrices that look tokens up instead of mapping states to states.
 TOKEN_MATRICES = {"lm_head", "embed_tokens"}
@@ -21,6 +23,25 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
         for name, weight in model.named_parameters()
         if weight.requires_grad and weight.dim() == 2 and TOKEN_MATRICES.isdisjoint(name.split("."))
     ]
+
+
+def check_same_optimizer(uses_muon: bool, checkpoint: Path) -> None:
+    """
+    Requires that a run resumes with the optimizer that it began with.
+
+    Raises:
+        ValueError: If Muon was used and is not any more, or the reverse.
+    """
+    file = checkpoint / OPTIMIZER_NAME
+    if not file.is_file():  # FSDP and DeepSpeed, which Muon is refused with, save in parts
+        return
+    groups = torch.load(file, map_location="cpu", mmap=True, weights_only=True)["param_groups"]
+    used_muon = any("ns_steps" in group for group in groups)
+    if used_muon != uses_muon:
+        raise ValueError(
+            f"{checkpoint} was trained {'by' if used_muon else 'without'} Muon. Resume with the arguments of the "
+            f"interrupted run: `--muon-learning-rate` must be {'above 0' if used_muon else '0'}."
+        )
 
 
 class MuonBeside(torch.optim.Optimizer):

@@ -101,7 +101,8 @@ class StoredTeacher:
         """The states that the batch brings along, as `Teacher.lesson` would give them."""
         weight = self.draft.fc.weight
         aux_hidden_states = batch["aux_hidden_states"].to(weight.device, weight.dtype)
-        return Lesson(aux_hidden_states, batch["last_hidden_states"].to(self.target.output.weight.device))
+        output = self.target.output.weight
+        return Lesson(aux_hidden_states, batch["last_hidden_states"].to(output.device, output.dtype))
 
 
 @torch.no_grad()

@@ -159,17 +159,37 @@ class TTTDraftModel(Eagle3MLADraftModel):
     recomputes_attention = True
     recomputes_steps = False
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """Keeps of a TTT step what it reads and remembers, and computes the rest again in the backward pass."""
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """
+        Keeps of a TTT step what it reads and remembers, and computes the rest again in the backward pass.
+
+        Raises:
+            ValueError: If `every_n_layers` is not 1, or what is kept shall leave the device.
+        """
+        if every_n_layers != 1 or offload:
+            raise ValueError(
+                "A draft recomputes whole steps of training-time test: `every_n_layers` must be 1 and `offload` "
+                f"False, got {every_n_layers} and {offload}."
+            )
         self.recomputes_steps = True
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """`activation_checkpointing_enable` under its name in older transformers."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def should_save_on_this_rank(self, is_main_process: bool) -> bool:
         """What the Trainer says: transformers would leave out all but rank 0, and with them all machines but one."""
         return is_main_process
 
-    def gradient_checkpointing_disable(self) -> None:
+    def activation_checkpointing_disable(self) -> None:
         """Back to keeping what a step computes outside of its attention."""
         self.recomputes_steps = False
+
+    def gradient_checkpointing_disable(self) -> None:
+        """`activation_checkpointing_disable` under its name in older transformers."""
+        self.activation_checkpointing_disable()
 
     def forward(
         self,
