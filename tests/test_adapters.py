@@ -1,13 +1,15 @@
 """LoRA adapters on a trained draft: what they compute, how they train, travel and help `generate()`; and going on."""
 
 import json
+import math
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from reference_ttt import ATTENTION, CONVERSATIONS, save_tiny_target, tiny_draft, tiny_target, write_conversations
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, TrainerCallback
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
@@ -322,6 +324,15 @@ def test_a_wrong_request_is_one_message_and_leaves_nothing(request_name, command
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_draft_with_a_number_that_is_not_finite_is_no_start(command, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    shutil.copytree(command["--draft-checkpoint"], broken, ignore=shutil.ignore_patterns("checkpoint*"))
+    weights = load_file(broken / "model.safetensors")
+    weights["fc.weight"][0, 0] = math.nan
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    assert "`fc.weight` of the draft" in error_of(command | {"--draft-checkpoint": str(broken)}, capsys)
 
 
 def test_a_target_is_no_draft_to_go_on_from(command, target_path, capsys):

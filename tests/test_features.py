@@ -228,6 +228,24 @@ def test_incomplete_features_are_refused(directory):
         open_features(str(directory))
 
 
+MANIFEST_EDITS = {
+    "a shard less": lambda manifest: manifest["shards"].pop(),
+    "another order": lambda manifest: manifest["shards"].reverse(),
+    "no shards": lambda manifest: manifest.pop("shards"),
+    "an unknown key": lambda manifest: manifest.update(colour="red"),
+}
+
+
+@pytest.mark.parametrize("edit", MANIFEST_EDITS)
+def test_a_manifest_that_does_not_hold_all_documents_is_refused(edit, directory):
+    manifest = json.loads((directory / "manifest.json").read_text())
+    assert len(manifest["shards"]) > 1
+    MANIFEST_EDITS[edit](manifest)
+    (directory / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="is damaged"):
+        open_features(str(directory))
+
+
 def test_a_flipped_bit_is_found_and_its_shard_named(directory):
     for path in (*sorted(directory.glob("features-*")), directory / "target_head.safetensors"):
         content = bytearray(path.read_bytes())

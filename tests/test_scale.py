@@ -209,6 +209,17 @@ def test_the_rate_of_muon_follows_that_of_the_other_optimizer(case, tmp_path):
     assert (args.learning_rate, args.muon_learning_rate) == expected
 
 
+@pytest.mark.parametrize("schedule", ["polynomial", "cosine_with_min_lr", "warmup_stable_decay"])
+def test_schedules_know_an_optimizer_with_muon(schedule, tmp_path):
+    """Some of them read the rate from the optimizer's defaults."""
+    kwargs = {"cosine_with_min_lr": {"min_lr": 1e-4}, "warmup_stable_decay": {"num_decay_steps": 2}}.get(schedule, {})
+    trainer = packed_trainer(
+        tmp_path, muon_learning_rate=2e-3, lr_scheduler_type=schedule, lr_scheduler_kwargs=kwargs, max_steps=4
+    )
+    trainer.train()
+    assert all(group["lr"] < 1e-3 for group in trainer.optimizer.param_groups)
+
+
 @pytest.mark.parametrize("launcher", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 def test_a_sharded_draft_is_trained_by_one_optimizer(launcher, tmp_path, monkeypatch):
     args = Eagle3TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")

@@ -327,6 +327,21 @@ def mask_of(tokenizer, row, **options) -> list[int]:
     return make_row(row, 0)["loss_mask"]
 
 
+def test_the_last_answer_is_cut_out_of_blocks_that_touch():
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %}"
+        "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endif %}{% endfor %}"
+    )
+    name = next(iter(MARKED))
+    tokenizer = make_tokenizer(template, *TEMPLATES[MARKED[name][1]][1:])
+    contents = [("user", "q"), ("assistant", "one"), ("assistant", "two")]
+    messages = [{"role": role, "content": content} for role, content in contents]
+    make_row = RowTokenizer(tokenizer, TokenizationOptions(max_length=10_000, last_turn_only=True))
+    row = make_row({"messages": messages}, 0)
+    learnt = [token for token, is_learnt in zip(row["input_ids"], row["loss_mask"], strict=True) if is_learnt]
+    assert tokenizer.decode(learnt) == "two<|im_end|>"
+
+
 @pytest.mark.parametrize("name", MARKED)
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(turns=CONVERSATIONS, last_turn_only=st.booleans())

@@ -51,4 +51,10 @@ def load_trained_draft(settings: DraftArguments) -> TTTDraftModel:
     source = settings.draft_checkpoint
     if Path(source).is_dir():
         source = str(Path(source).resolve())
-    return TTTDraftModel.from_pretrained(source, dtype=torch.float32, attn_implementation=settings.attn_implementation)
+    draft = TTTDraftModel.from_pretrained(
+        source, dtype=torch.float32, attn_implementation=settings.attn_implementation
+    )
+    for name, weight in draft.named_parameters():
+        if not weight.isfinite().all():
+            raise ValueError(f"`{name}` of the draft {source} holds a number that is not finite. Give another draft.")
+    return draft

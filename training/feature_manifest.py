@@ -129,10 +129,33 @@ class Manifest:
         version = content["request"]["format_version"]
         if version != FORMAT_VERSION:
             raise ValueError(f"`format_version` in {path} must be {FORMAT_VERSION}, got {version}.")
-        content["request"] = FeatureRequest(**content["request"])
-        content["checksums"] = [shard.pop("sha256") for shard in content["shards"]]
-        content["shards"] = [Shard(**shard) for shard in content["shards"]]
-        return cls(**content)
+        try:
+            content["request"] = FeatureRequest(**content["request"])
+            content["checksums"] = [shard.pop("sha256") for shard in content["shards"]]
+            content["shards"] = [Shard(**shard) for shard in content["shards"]]
+            manifest = cls(**content)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: {error}. Prepare the features again.") from error
+        manifest.check_shards(path)
+        return manifest
+
+    def check_shards(self, path: Path) -> None:
+        """
+        Requires that the shards hold all documents, in order.
+
+        Raises:
+            ValueError: If they do not.
+        """
+        next_document = 0
+        for shard in self.shards:
+            if shard.first_document != next_document:
+                raise ValueError(f"{path} is damaged: {shard.name} must begin with document {next_document}.")
+            next_document += shard.num_documents
+        if self.complete and next_document != self.request.num_documents:
+            num_documents = self.request.num_documents
+            raise ValueError(
+                f"{path} is damaged: its shards must hold {num_documents} documents, got {next_document}."
+            )
 
 
 def check_same_request(directory: Path, saved: FeatureRequest, asked: dict) -> None:

@@ -69,6 +69,7 @@ class MuonBeside(torch.optim.Optimizer):
         muon = torch.optim.Muon(matrices, lr=learning_rate, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
         self.parts = other, muon  # a log shows the rate of the first group: `--learning-rate`
         super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self.defaults = dict(other.defaults)  # some schedules read the rate there
         self.share()
 
     def share(self) -> None:

@@ -148,7 +148,7 @@ def find_marked_answers(rendering: Rendering, answers: list[int]) -> list[Span]:
     if answers == _all_answers(rendering.messages):
         return spans
     start = find_start(rendering, answers[0])
-    return [span for span in spans if span[1] > start]
+    return [(max(first, start), last) for first, last in spans if last > start]  # blocks that touch were merged
 
 
 def find_unmarked_answers(rendering: Rendering, answers: list[int], limit: int) -> list[Span]:
