@@ -15,7 +15,6 @@ head of the same shape), `settings`.
 """
 
 import json
-import os
 import platform
 import shlex
 from importlib.metadata import version
@@ -26,6 +25,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..training.files import replace_file
 from ..training.release import code_commit
 
 PACKAGES = ("eagle3-mla", "torch", "transformers")
@@ -64,15 +64,9 @@ def write_report(output_dir: Path, results: dict[str, Any], origin: dict[str, An
         results (`dict`): From `summarise`, with cache sizes and settings.
         origin (`dict`): From `provenance`.
     """
-    write_atomically(output_dir / "provenance.json", json.dumps(origin, indent=2) + "\n")
-    write_atomically(output_dir / "report.md", markdown(results, origin))
-    write_atomically(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(output_dir / "provenance.json", json.dumps(origin, indent=2) + "\n")
+    replace_file(output_dir / "report.md", markdown(results, origin))
+    replace_file(output_dir / "results.json", json.dumps(results, indent=2) + "\n")
 
 
 def markdown(results: dict[str, Any], origin: dict[str, Any]) -> str:

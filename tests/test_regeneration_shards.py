@@ -15,7 +15,6 @@ from datasets import Dataset
 from reference_regeneration import QUESTIONS, contents, messages_of, tiny_answerer
 from reference_ttt import tiny_tokenizer
 
-from eagle3_mla.training import row_shards
 from eagle3_mla.training.answered_rows import row_form
 from eagle3_mla.training.answering import Decoding
 from eagle3_mla.training.conversations import read_conversation
@@ -158,7 +157,7 @@ def test_an_end_between_any_two_steps_changes_nothing(rows, tmp_path, monkeypatc
         directory = tmp_path / f"out-{rename}-{is_after}"
         job = replace(whole, shards=replace(whole.shards, path=directory))
         with monkeypatch.context() as patch:
-            patch.setattr(row_shards.os, "replace", end_at(rename, is_after))
+            patch.setattr(os, "replace", end_at(rename, is_after))
             with pytest.raises(Killed):
                 run(job)
         check_only_complete_shards(directory, expected)

@@ -6,7 +6,6 @@ them, so that another evaluation adds a row and the same one replaces its own.
 """
 
 import json
-import os
 import re
 import shlex
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..configuration_eagle3_mla import Eagle3MLAConfig
+from .files import replace_file
 from .plots import CURVES_FILE
 
 CARD_FILE = "README.md"
@@ -175,13 +175,6 @@ def index_entries(results: dict[str, Any]) -> list[EvalResult]:
 def public_name(path_or_id: str) -> str:
     """A Hub id as it is; of a local path, which says nothing elsewhere, the last part."""
     return Path(path_or_id).resolve().name if Path(path_or_id).exists() else path_or_id
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes by way of a temporary name, so that nobody ever reads half a file."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _attention_sentence(config: Eagle3MLAConfig) -> str:

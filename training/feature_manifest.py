@@ -7,7 +7,6 @@ name and renamed; none holds a time or a place, so that the same request gives t
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from .feature_shards import Shard, ShardFormat
+from .files import rename_flushed
 from .state_storage import STORAGE_DTYPES
 
 FORMAT_VERSION = 1
@@ -198,12 +198,8 @@ def read_receipt(directory: Path, shard: Shard, request: FeatureRequest) -> str 
 def write_json(path: Path, content: dict) -> None:
     """Writes under another name, flushes to the disk and renames."""
     incomplete = path.with_name(f".incomplete-{path.name}")
-    with incomplete.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(incomplete, path)
+    incomplete.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    rename_flushed(incomplete, path)
 
 
 def json_sha256(content: dict) -> str:

@@ -16,9 +16,7 @@ Shapes: n documents of a shard, S their tokens, M their taught positions, T toke
 hidden.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,13 +29,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .documents import taught_positions
+from .files import file_sha256, rename_flushed
 from .state_storage import bytes_per_state, encode_states, num_groups
 
 STATES = ("aux_hidden_states", "last_hidden_states")
 # One key: the order of several is not the same from process to process, and files must be.
 METADATA_KEY = "eagle3_mla_features"
 REPAIR = "Run scripts/prepare_features.py again with the same arguments: it writes what is missing or damaged."
-READ_BYTES = 2**22
 SAFETENSORS_DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
@@ -190,21 +188,11 @@ def save_atomically(tensors: dict[str, Tensor], path: Path, metadata: dict[str, 
         save_file(tensors, incomplete, metadata)
         # safetensors makes files that only their owner can read.
         incomplete.chmod(mode)
-        with incomplete.open("rb") as file:
-            os.fsync(file.fileno())
         digest = file_sha256(incomplete)
-        os.replace(incomplete, path)
+        rename_flushed(incomplete, path)
     finally:
         incomplete.unlink(missing_ok=True)
     return digest
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def check_shard(path: Path, shard: Shard, shard_format: ShardFormat) -> None:

@@ -9,14 +9,14 @@ Every file is written under another name and renamed. The records are in a folde
 directory reads every data file in it.
 """
 
-import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from .files import file_sha256, rename_flushed
 
 RECORDS, MANIFEST = "regeneration", "manifest.json"
 DATA_SUFFIXES = {".jsonl", ".json", ".parquet"}
@@ -137,18 +137,3 @@ class RowShards:
         with path.open("w", encoding="utf-8") as file:
             for row in rows:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def rename_flushed(incomplete: Path, path: Path) -> None:
-    """Renames a file after its content has reached the disk."""
-    with incomplete.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(incomplete, path)
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
