@@ -1,19 +1,26 @@
 """Acceptance length of heads that differ in one thing: each is trained and evaluated by the documented commands.
 
 A table is a set of recipes under one budget and the same seeds. Prompts are held out, decoding is greedy, chains have
-at most seven drafts; where the prompts name their source, every source counts the same. A head that lies in
-`--work-dir` already is not trained again, so that a table can be interrupted, or trained on another machine.
+at most seven drafts; where the prompts name their source, every source counts the same. What lies in `--work-dir`
+already is not made again, so that a table can be interrupted, or trained on another machine.
 
     python benchmarks/acceptance.py losses --target examples/nano-target --dataset outputs/demo/data/train.jsonl \\
         --prompts outputs/demo/data/heldout.jsonl --training --max-steps 300 --max-length 384 --num-ttt-steps 4
+
+`--jobs` trains several heads at once; `--curve` also evaluates the checkpoints on the way, of
+which `--training --save-steps 300 --save-total-limit 100` leaves some. An interrupted training goes on from its last
+checkpoint.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 from harness import write_table
@@ -72,17 +79,28 @@ def recipes_of(table: str, target: Path) -> dict[str, list[str]]:
     return latent_recipes(config["num_key_value_heads"] * head_dim)
 
 
-def run(script: str, *arguments: object) -> None:
-    """One of the project's commands; it ends this one if it fails."""
-    subprocess.run([sys.executable, ROOT / "scripts" / script, *map(str, arguments)], check=True)
+def run(log: Path, script: str, *arguments: object) -> None:
+    """One of the project's commands, its output in `log`, on one thread of the CPU; it ends this one if it fails."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
+    with log.open("a") as output:
+        threads = os.environ | {"OMP_NUM_THREADS": "1"}
+        finished = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=threads, check=False)
+    if finished.returncode != 0:
+        raise RuntimeError(f"{script} ended with exit code {finished.returncode}; its output is in {log}.")
 
 
 def train(arguments: argparse.Namespace, flags: list[str], seed: int, output_dir: Path) -> None:
+    """Trains a head that is not there yet, from its last checkpoint if it has one."""
     if (output_dir / "model.safetensors").exists():
         return
     datasets = ["--dataset", *arguments.dataset]
+    flags = [flag.replace("sdpa", arguments.kernel) for flag in flags]
     own = [*flags, "--seed", str(seed), "--output-dir", str(output_dir), "--disable-tqdm", "True"]
-    run("train_eagle3.py", "--model-path", arguments.target, *datasets, *own, *arguments.training)
+    if (output_dir / "checkpoint").exists():
+        own.append("--resume-from-checkpoint")
+    models = ["--model-path", arguments.target, *datasets]
+    run(output_dir / "train.log", "train_eagle3.py", *models, *own, *arguments.training)
 
 
 def split_by_source(prompts: Path, directory: Path) -> dict[str, Path]:
@@ -97,19 +115,41 @@ def split_by_source(prompts: Path, directory: Path) -> dict[str, Path]:
     return files
 
 
-def evaluate(arguments: argparse.Namespace, head: Path, backend: str, prompts: dict[str, Path]) -> Score:
-    lengths, depths = {}, []
-    for source, file in prompts.items():
-        output_dir = head / f"eval-{source}"
+def evaluate(arguments: argparse.Namespace, head: Path, backend: str, source: str, prompts: Path) -> dict:
+    """What `scripts/eval_eagle.py` says of one head on one source."""
+    output_dir = head / f"eval-{source}"
+    if not (output_dir / "results.json").exists():
         models = ["--draft-checkpoint", head, "--target-model-path", arguments.target, "--attention-backend", backend]
         chain = ["--num-assistant-tokens", NUM_ASSISTANT_TOKENS, "--max-new-tokens", arguments.max_new_tokens]
-        samples = ["--dataset", file, "--num-samples", arguments.num_samples, "--output-dir", output_dir]
-        run("eval_eagle.py", *models, *chain, *samples)
-        results = json.loads((output_dir / "results.json").read_text())
-        lengths[source] = results["acceptance_length"]
-        depths.append(results["acceptance_by_depth"])
-    by_depth = [sum(depth) / len(depth) for depth in zip(*depths, strict=False)]  # to where all get
-    return Score(sum(lengths.values()) / len(lengths), by_depth, lengths)
+        samples = ["--dataset", prompts, "--num-samples", arguments.num_samples, "--output-dir", output_dir]
+        device = [] if arguments.device is None else ["--device", arguments.device]
+        run(output_dir / "eval.log", "eval_eagle.py", *models, *chain, *samples, *device)
+    return json.loads((output_dir / "results.json").read_text())
+
+
+def score(results: dict[str, dict]) -> Score:
+    """Means over the sources, each depth as far as all of them get."""
+    lengths = {source: each["acceptance_length"] for source, each in results.items()}
+    depths = zip(*(each["acceptance_by_depth"] for each in results.values()), strict=False)
+    return Score(sum(lengths.values()) / len(lengths), [sum(depth) / len(depth) for depth in depths], lengths)
+
+
+def evaluate_all(arguments: argparse.Namespace, heads: dict[Path, str], prompts: dict[str, Path]) -> dict[Path, Score]:
+    """The score of every head, given with the backend that reads it."""
+    pairs = list(product(heads, prompts))
+    with ThreadPoolExecutor(arguments.evaluation_jobs) as pool:
+        found = list(
+            pool.map(lambda pair: evaluate(arguments, pair[0], heads[pair[0]], pair[1], prompts[pair[1]]), pairs)
+        )
+    results = defaultdict(dict)
+    for (head, source), each in zip(pairs, found, strict=True):
+        results[head][source] = each
+    return {head: score(by_source) for head, by_source in results.items()}
+
+
+def steps_of(head: Path) -> dict[int, Path]:
+    """The checkpoints of a head by their optimizer steps."""
+    return {int(path.name.removeprefix("checkpoint-")): path for path in sorted(head.glob("checkpoint-*"))}
 
 
 def row(name: str, scores: list[Score]) -> list[str]:
@@ -124,35 +164,68 @@ def row(name: str, scores: list[Score]) -> list[str]:
     return cells
 
 
-def main() -> None:
+def curve_rows(names: dict[str, list[Path]], scores: dict[Path, Score]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of acceptance length against optimizer steps, means over the seeds."""
+    steps = sorted({step for heads in names.values() for head in heads for step in steps_of(head)})
+    rows = []
+    for name, heads in names.items():
+        reached = [[scores[steps_of(head)[step]].acceptance_length for head in heads] for step in steps]
+        rows.append([name, *(f"{sum(lengths) / len(lengths):.3f}" for lengths in reached)])
+    return ["head", *(f"step {step}" for step in steps)], rows
+
+
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("table", choices=[*TABLES, "latents"])
     parser.add_argument("--target", required=True, type=Path)
     parser.add_argument("--dataset", required=True, nargs="+", help="to train on")
     parser.add_argument("--prompts", required=True, type=Path, help="JSONL of held-out conversations")
+    parser.add_argument("--only", nargs="+", type=int, help="numbers of the heads in the table, from 0; default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--num-samples", type=int, default=40, help="prompts of each source")
     parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--device", help="of the evaluation; default: the GPU if there is one")
+    parser.add_argument(
+        "--kernel", default="sdpa", choices=["sdpa", "flex_attention", "eager"], help="of the training"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="heads trained at once")
+    parser.add_argument("--evaluation-jobs", type=int, default=1, help="evaluations at once")
+    parser.add_argument("--curve", action="store_true", help="evaluate the checkpoints of the trainings too")
     parser.add_argument("--work-dir", type=Path, default=Path("outputs/acceptance"))
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/acceptance_TABLE.md")
     parser.add_argument(
         "--training", nargs=argparse.REMAINDER, default=[], help="flags that all trainings share; last"
     )
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
     prompts = split_by_source(arguments.prompts, arguments.work_dir / "prompts")
+    recipes = list(recipes_of(arguments.table, arguments.target).items())
+    chosen = range(len(recipes)) if arguments.only is None else arguments.only
+    names, jobs = defaultdict(list), []
+    for number, seed in product(chosen, arguments.seeds):
+        name, flags = recipes[number]
+        head = arguments.work_dir / arguments.table / f"{number}-seed{seed}"
+        names[name].append(head)
+        jobs.append((flags, seed, head))
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        list(pool.map(lambda job: train(arguments, *job), jobs))
+    heads = {head: flags[1] for flags, _, head in jobs}
+    if arguments.curve:
+        heads |= {path: backend for head, backend in list(heads.items()) for path in steps_of(head).values()}
+    scores = evaluate_all(arguments, heads, prompts)
     columns = ["head", "acceptance length", "by seed", "acceptance by depth"]
     columns += list(prompts) if len(prompts) > 1 else []
+    rows = [row(name, [scores[head] for head in seeds]) for name, seeds in names.items()]
     output = arguments.output or Path(f"benchmarks/results/acceptance_{arguments.table}.md")
-    rows = []
-    for number, (name, flags) in enumerate(recipes_of(arguments.table, arguments.target).items()):
-        scores = []
-        for seed in arguments.seeds:
-            head = arguments.work_dir / arguments.table / f"{number}-seed{seed}"
-            train(arguments, flags, seed, head)
-            scores.append(evaluate(arguments, head, flags[1], prompts))
-        rows.append(row(name, scores))
-        print(*rows[-1], flush=True)
-        write_table(output, f"Acceptance length: {arguments.table}", columns, rows, __doc__.split("\n\n")[1])
+    note = __doc__.split("\n\n")[1]
+    write_table(output, f"Acceptance length: {arguments.table}", columns, rows, note)
+    if arguments.curve:
+        curve = output.with_stem(f"{output.stem}_curve")
+        write_table(curve, f"Acceptance length while training: {arguments.table}", *curve_rows(names, scores), note)
+    print(output.read_text())
 
 
 if __name__ == "__main__":
