@@ -45,11 +45,17 @@ def measure(function: Callable[[], None], num_calls: int) -> Cost | None:
 
 def timed(function: Callable[[], None]) -> float:
     """Seconds of one call, the device's work included."""
-    torch.cuda.synchronize()
+    wait()
     start = time.perf_counter()
     function()
-    torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - start
+
+
+def wait() -> None:
+    """Until the GPU has done what it was given, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def matrix_product_rate(size: int = 8192) -> float:
