@@ -251,6 +251,11 @@ WRONG_REQUESTS = {
     "no ttt step": ({"--num-ttt-steps": "0"}, "`--num-ttt-steps` must be at least 1"),
     "unwritable directory": ({"--output-dir": "/dev/null/out"}, "is not writable"),
     "nothing to resume": ({"--resume-from-checkpoint": "True"}, "is no complete checkpoint"),
+    "a tracker that is not installed": (
+        {"--report-to": "tensorboard"},
+        "`--report-to` tensorboard cannot be used: TensorBoardCallback requires tensorboard to be installed.",
+    ),
+    "a tracker that nobody knows": ({"--report-to": "notebook"}, "notebook is not supported, only"),
     "unknown backend": ({"--attention-backend": "paged"}, "invalid choice: 'paged'"),
 }
 
@@ -258,6 +263,7 @@ WRONG_REQUESTS = {
 @pytest.mark.parametrize("request_name", WRONG_REQUESTS)
 def test_a_wrong_request_is_one_message_and_leaves_nothing(request_name, command, tmp_path, capsys, monkeypatch):
     """Before the target is loaded, and before the output directory exists."""
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
     monkeypatch.setattr(cli, "load_target", lambda *args: pytest.fail("the target was loaded"))
     flags, message = WRONG_REQUESTS[request_name]
     error = error_of(command | flags, capsys)
