@@ -335,6 +335,18 @@ def test_a_draft_with_a_number_that_is_not_finite_is_no_start(command, tmp_path,
     assert "`fc.weight` of the draft" in error_of(command | {"--draft-checkpoint": str(broken)}, capsys)
 
 
+@pytest.mark.parametrize("num_bytes", [0, 100, 5000, -100])
+def test_a_draft_whose_weights_are_cut_is_no_start(num_bytes, command, tmp_path, capsys):
+    """In the length of the header, in the header, and in the weights."""
+    cut = tmp_path / "cut"
+    shutil.copytree(command["--draft-checkpoint"], cut, ignore=shutil.ignore_patterns("checkpoint*"))
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:num_bytes])
+    error = error_of(command | {"--draft-checkpoint": str(cut)}, capsys)
+    assert f"The weights in {cut} are damaged or incomplete (" in error
+    assert "Traceback" not in error
+
+
 def test_a_target_is_no_draft_to_go_on_from(command, target_path, capsys):
     error = error_of(command | {"--draft-checkpoint": str(target_path)}, capsys)
     assert "must be a draft of type eagle3_mla, got llama" in error

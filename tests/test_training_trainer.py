@@ -1,6 +1,7 @@
 """Training end to end on a tiny target: the global batch, checkpoints, resuming, the result, wrong requests."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -270,6 +271,22 @@ def test_a_wrong_request_is_one_message_and_leaves_nothing(request_name, command
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_whose_weights_are_cut_is_refused(command, target_path, tmp_path, capsys):
+    cut = tmp_path / "cut"
+    shutil.copytree(target_path, cut)
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    error = error_of(command | {"--model-path": str(cut)}, capsys)
+    assert f"The weights in {cut} are damaged or incomplete (" in error
+
+
+def test_a_checkpoint_whose_weights_are_cut_is_not_resumed(command, tmp_path, capsys):
+    run(command | {"--max-steps": "2"})
+    weights = tmp_path / "out" / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "are damaged or incomplete (" in error_of(command | {"--resume-from-checkpoint": "True"}, capsys)
 
 
 def test_resuming_with_another_draft_or_other_data_is_refused(command, tmp_path, capsys):

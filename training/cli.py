@@ -33,6 +33,7 @@ from .diagnosis import report_diagnosis
 from .diagnosis_case import Case, trained_length
 from .feature_collator import FeatureCollator
 from .feature_training import choose_teacher, features_of_run, load_stored_target
+from .files import intact_weights
 from .hub import Destination, claim_destination, open_destination, push_result
 from .initialization import initialize_from_target
 from .inspection import print_inspection
@@ -302,7 +303,8 @@ def check_same_vocabulary(draft: TTTDraftModel, checkpoint: str) -> None:
     Raises:
         ValueError: If it does not.
     """
-    with safe_open(Path(checkpoint) / "model.safetensors", framework="pt") as weights:
+    file = Path(checkpoint) / "model.safetensors"
+    with intact_weights(checkpoint), safe_open(file, framework="pt") as weights:
         saved = weights.get_tensor("d2t")
     if not torch.equal(saved, draft.d2t):
         raise ValueError(

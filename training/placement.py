@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 
 from ..modeling_eagle3_mla import decoder_layers
 from .arguments import DraftArguments
+from .files import intact_weights
 from .target import Teacher, keeps_documents_apart
 
 
@@ -25,16 +26,17 @@ def load_target(settings: DraftArguments, device: torch.device) -> PreTrainedMod
         device (`torch.device`): The draft's. Half precision is slow on a CPU, so float32 is the default there.
 
     Raises:
-        ValueError: If `--target-device-map` meets several processes, `--shard-target` a single one, or the devices
-            are too small for the target.
+        ValueError: If `--target-device-map` meets several processes, `--shard-target` a single one, the weights cannot
+            be read, or the devices are too small for them.
     """
     check_placement(settings)
     dtype = settings.target_dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
-    target = AutoModelForCausalLM.from_pretrained(
-        settings.model_path, dtype=dtype, device_map=settings.target_device_map
-    )
+    with intact_weights(settings.model_path):
+        target = AutoModelForCausalLM.from_pretrained(
+            settings.model_path, dtype=dtype, device_map=settings.target_device_map
+        )
     target.requires_grad_(False).eval()
     if settings.target_device_map is not None:
         check_nothing_is_offloaded(target)
