@@ -312,6 +312,10 @@ WRONG_REQUESTS = {
     "other vocabulary": ({"--draft-vocab-size": "50"}, "`--draft-vocab-size` must be 100, as in"),
     "other residual": ({"--embed-residual": "True"}, "`--embed-residual` must be left out: "),
     "other feedback": ({"--norm-output": "True"}, "`--norm-output` must be left out: "),
+    "nothing for Muon": (
+        {"--lora-target-modules": "lm_head", "--muon-learning-rate": "0.01"},
+        "`--muon-learning-rate` must be 0 or left out, got 0.01: it trains the matrices that map states to states",
+    ),
     "no draft": ({"--draft-checkpoint": "./nowhere"}, "The draft ./nowhere cannot be loaded"),
 }
 

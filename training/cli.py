@@ -37,7 +37,7 @@ from .files import intact_weights
 from .hub import Destination, claim_destination, open_destination, push_result
 from .initialization import initialize_from_target
 from .inspection import print_inspection
-from .optimization import check_same_optimizer
+from .optimization import check_has_matrices, check_same_optimizer
 from .packing import pack_rows
 from .placement import check_placement, claim_devices, load_target, try_packing_together
 from .plots import CurvesCallback
@@ -141,6 +141,8 @@ def prepare(data: DataArguments, settings: DraftArguments, args: Eagle3TrainingA
     if settings.shard_target and data.features is None:
         try_packing_together(teacher)
     model = draft if settings.lora_rank is None else add_adapter(draft, settings)
+    if args.muon_learning_rate:
+        check_has_matrices(model, args.muon_learning_rate)
     if checkpoint is not None and settings.lora_rank is not None:
         check_same_adapter(model, Path(checkpoint))
     collator = PaddingCollator(tokenizer.pad_token_id or 0, data.pad_to_multiple_of)
