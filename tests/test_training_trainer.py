@@ -10,10 +10,10 @@ import pytest
 import torch
 from reference_ttt import CONVERSATIONS, save_tiny_target, tiny_config, tiny_target, write_conversations
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, Llama4ForCausalLM, Llama4TextConfig, TrainerCallback
 
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
-from eagle3_mla.training import cli, trainer
+from eagle3_mla.training import cli, feature_preparation, trainer
 from eagle3_mla.training.arguments import Eagle3TrainingArguments
 from eagle3_mla.training.batching import LengthGroupedSampler, PaddingCollator
 from eagle3_mla.training.data import tokenize_conversations
@@ -280,6 +280,25 @@ def test_a_target_whose_weights_are_cut_is_refused(command, target_path, tmp_pat
     weights.write_bytes(weights.read_bytes()[:-100])
     error = error_of(command | {"--model-path": str(cut)}, capsys)
     assert f"The weights in {cut} are damaged or incomplete (" in error
+
+
+def test_a_target_without_a_decoder_of_its_own_is_refused(command, target_path, tmp_path, capsys):
+    """`get_decoder()` of Llama 4 gives the whole model, whose output has no last hidden state."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "intermediate_size_mlp": 24, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "num_local_experts": 2}
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    config = Llama4TextConfig(vocab_size=len(tokenizer), **sizes, **heads, **ids)
+    Llama4ForCausalLM(config).save_pretrained(tmp_path / "llama4")
+    tokenizer.save_pretrained(tmp_path / "llama4")
+    flags = command | {"--model-path": str(tmp_path / "llama4")}
+    message = "error: The target Llama4ForCausalLM is not supported in training: "
+    assert message in error_of(flags, capsys)
+    names = ("--model-path", "--dataset", "--output-dir", "--use-cpu")
+    with pytest.raises(SystemExit) as exit_info:
+        feature_preparation.main([part for name in names for part in (name, flags[name])])
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_a_checkpoint_whose_weights_are_cut_is_not_resumed(command, tmp_path, capsys):

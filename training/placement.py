@@ -64,6 +64,20 @@ def check_placement(settings: DraftArguments) -> None:
         )
 
 
+def check_has_decoder(target: PreTrainedModel) -> None:
+    """
+    Requires that the target's decoder can be run without its output head, since training applies that in parts.
+
+    Raises:
+        NotImplementedError: If transformers does not tell the two apart, as for Llama 4.
+    """
+    if target.get_decoder() is target:
+        raise NotImplementedError(
+            f"The target {type(target).__name__} is not supported in training: training runs its decoder without its "
+            "output head, and transformers gives the whole model for the decoder (`get_decoder()`)."
+        )
+
+
 def claim_devices(settings: DraftArguments, args: TrainingArguments) -> None:
     """Keeps the Trainer from copying the draft to the devices that a device map gives to the target."""
     if settings.target_device_map is not None and args.n_gpu > 1:
