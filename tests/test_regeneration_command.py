@@ -20,6 +20,8 @@ from eagle3_mla.training.data import tokenize_conversations
 from eagle3_mla.training.regeneration_cli import main
 from eagle3_mla.training.sources import load_conversations
 
+pytestmark = pytest.mark.usefixtures("own_dataset_cache")
+
 ROOT = Path(__file__).parents[1]
 NANO_TARGET = ROOT / "examples" / "nano-target"
 REQUESTS = [
@@ -27,11 +29,6 @@ REQUESTS = [
     "Write the Python function `gcd(a, b)`.",
     "Write the Python method `__repr__(self)` of the class `Point`.",
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_dataset_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
 
 
 @pytest.fixture(scope="module")
