@@ -7,10 +7,12 @@ for the backward, nothing for what is computed again.
 """
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from harness import matrix_product_rate, measure, write_table
+from harness import OUT_OF_MEMORY, matrix_product_rate, measure, write_table
 
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
 from eagle3_mla.training.arguments import ATTENTION_BACKENDS
@@ -52,6 +54,17 @@ def run_unroll(model: TTTDraftModel, inputs: list[torch.Tensor], document_ids: t
         leaf.grad = None
 
 
+def make_unroll(model: TTTDraftModel, batch_size: int, num_tokens: int) -> Callable[[], None]:
+    """`run_unroll` on random numbers."""
+    inputs = [
+        torch.randn(batch_size, num_tokens, 8192, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        for _ in range(NUM_TTT_STEPS)
+    ]
+    gradient = torch.randn(batch_size, num_tokens, 4096, device="cuda", dtype=torch.bfloat16)
+    document_ids = torch.ones(batch_size, num_tokens, dtype=torch.long, device="cuda")
+    return partial(run_unroll, model, inputs, document_ids, gradient)
+
+
 def matrix_product_flops(model: TTTDraftModel, batch_size: int, num_tokens: int) -> float:
     """Floating-point operations of the matrix products of forward and backward, the causal half of the scores."""
     attention, config = model.layers[0].self_attn, model.config
@@ -63,22 +76,15 @@ def matrix_product_flops(model: TTTDraftModel, batch_size: int, num_tokens: int)
 def benchmark(name: str, batch_size: int, num_tokens: int, rate: float) -> list[str]:
     torch.manual_seed(0)
     model = make_model(*ATTENTION_BACKENDS[name])
-    inputs = [
-        torch.randn(batch_size, num_tokens, 8192, device="cuda", dtype=torch.bfloat16).requires_grad_()
-        for _ in range(NUM_TTT_STEPS)
-    ]
-    gradient = torch.randn(batch_size, num_tokens, 4096, device="cuda", dtype=torch.bfloat16)
-    document_ids = torch.ones(batch_size, num_tokens, dtype=torch.long, device="cuda")
-    cost = measure(lambda: run_unroll(model, inputs, document_ids, gradient), NUM_CALLS)
     limit = 1000 * matrix_product_flops(model, batch_size, num_tokens) / rate
-    cell = [name, str(batch_size), str(num_tokens)]
+    cell = [name, str(batch_size), str(num_tokens), f"{limit:.1f}"]
+    cost = measure(partial(make_unroll, model, batch_size, num_tokens), NUM_CALLS)
     if cost is None:
-        return [*cell, "out of memory", "", f"{limit:.1f}", "", ""]
+        return [*cell, OUT_OF_MEMORY]
     return [
         *cell,
         f"{cost.milliseconds:.1f}",
         f"{cost.peak_gigabytes:.2f}",
-        f"{limit:.1f}",
         f"{cost.milliseconds / limit:.2f}",
         f"{cost.first_seconds:.1f}",
     ]
@@ -91,7 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     rate = matrix_product_rate()
     note = __doc__.replace("\n", " ") + f"\nMatrix products: {rate / 1e12:.0f} TFLOP/s."
-    columns = ["backend", "batch", "length", "ms", "peak GB", "limit, ms", "times the limit", "first call, s"]
+    columns = ["backend", "batch", "length", "limit, ms", "ms", "peak GB", "times the limit", "first call, s"]
     rows = []
     for batch_size, num_tokens in GEOMETRIES:
         for name in arguments.backends:

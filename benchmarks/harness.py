@@ -14,6 +14,8 @@ import transformers
 from eagle3_mla.training.release import code_commit
 
 BYTES_PER_GB = 1e9
+# In the place of the first number of a row that could not be measured.
+OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,10 @@ class Cost:
     peak_gigabytes: float
 
 
-def measure(function: Callable[[], None], num_calls: int) -> Cost | None:
-    """Cost of `function` over `num_calls` calls after the first; `None` if it does not fit into memory."""
+def measure(make: Callable[[], Callable[[], None]], num_calls: int) -> Cost | None:
+    """Cost of what `make` makes over `num_calls` calls after the first; `None` if it does not fit into memory."""
     try:
+        function = make()
         first_seconds = timed(function)
         torch.cuda.reset_peak_memory_stats()
         seconds = sorted(timed(function) for _ in range(num_calls))
@@ -68,7 +71,8 @@ def matrix_product_rate(size: int = 8192) -> float:
 
 
 def write_table(path: Path, title: str, columns: list[str], rows: list[list[str]], note: str) -> None:
-    """A markdown file with the table, how it was made and on what."""
+    """A markdown file with the table, how it was made and on what; cells that a row lacks at its end stay empty."""
+    rows = [row + [""] * (len(columns) - len(row)) for row in rows]
     lines = [f"# {title}", "", note, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", f"    python {' '.join(sys.argv)}", "", conditions(), ""]

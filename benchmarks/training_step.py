@@ -11,7 +11,7 @@ import itertools
 from pathlib import Path
 
 import torch
-from harness import measure, write_table
+from harness import OUT_OF_MEMORY, measure, write_table
 from torch import nn
 
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
@@ -83,13 +83,9 @@ class Step:
 
 def benchmark(backend: str, batch_size: int, num_tokens: int, arguments: argparse.Namespace) -> list[str]:
     cell = [backend, str(batch_size), str(num_tokens)]
-    try:
-        step = Step(backend, batch_size, num_tokens, arguments.recompute_steps)
-    except torch.OutOfMemoryError:
-        return [*cell, "out of memory", "", "", ""]
-    cost = measure(step, arguments.num_calls)
+    cost = measure(lambda: Step(backend, batch_size, num_tokens, arguments.recompute_steps), arguments.num_calls)
     if cost is None:
-        return [*cell, "out of memory", "", "", ""]
+        return [*cell, OUT_OF_MEMORY]
     rate = batch_size * num_tokens / cost.milliseconds * 1000
     return [
         *cell,

@@ -24,6 +24,12 @@ def fixed_seed():
 
 
 @pytest.fixture
+def own_dataset_cache(tmp_path, monkeypatch):
+    """A cache of `datasets` for this test alone."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
+
+
+@pytest.fixture
 def tiny_target() -> LlamaForCausalLM:
     """A random Llama of four layers in fp32, without an EOS token; its weights are large enough for clear choices."""
     config = LlamaConfig(

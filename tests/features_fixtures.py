@@ -7,6 +7,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+from reference_runs import command_line
 from reference_ttt import tiny_target, tiny_tokenizer
 
 from eagle3_mla.training import feature_preparation
@@ -33,10 +34,6 @@ def preparation_flags(target_path: Path, dataset_path: Path, output_dir: Path) -
         "--tokens-per-shard": str(TOKENS_PER_SHARD),
         "--use-cpu": "True",
     }
-
-
-def command_line(flags: dict[str, str]) -> list[str]:
-    return [part for flag in flags.items() for part in flag]
 
 
 def prepare_features(flags: dict[str, str]) -> Path:

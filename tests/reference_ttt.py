@@ -21,6 +21,17 @@ ATTENTION = {
     "gqa": {"attention_type": "gqa"},
 }
 
+# Of a target of any family.
+TARGET_SIZES = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
+
 CHAT_TEMPLATE = """{% for message in messages %}{{ '<' + message['role'] + '>' }}\
 {% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + '<end>' }}{% endgeneration %}\
 {% else %}{{ message['content'] + '<end>' }}{% endif %}{% endfor %}\
@@ -76,17 +87,8 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_target(vocab_size: int = VOCAB_SIZE, **overrides) -> LlamaForCausalLM:
     """A random Llama of six layers."""
-    fields = {
-        "vocab_size": vocab_size,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "initializer_range": 0.3,
-    }
     torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**fields | overrides)).eval()
+    return LlamaForCausalLM(LlamaConfig(**TARGET_SIZES | {"vocab_size": vocab_size} | overrides)).eval()
 
 
 def save_tiny_target(directory: Path) -> Path:

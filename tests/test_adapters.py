@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from reference_ttt import ATTENTION, CONVERSATIONS, save_tiny_target, tiny_draft, tiny_target, write_conversations
+from reference_runs import assert_same_bits, error_of, run, run_whole_and_joined, training_flags
+from reference_ttt import ATTENTION, save_tiny_target, tiny_draft, tiny_target, write_conversations
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DynamicCache, TrainerCallback
+from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
-from eagle3_mla.training import adapters, cli
+from eagle3_mla.training import adapters
 from eagle3_mla.training.arguments import DraftArguments
 from eagle3_mla.training.trainer import Eagle3Trainer
+
+pytestmark = pytest.mark.usefixtures("own_dataset_cache")
 
 MLA = {name: fields for name, fields in ATTENTION.items() if fields["attention_type"] == "mla"}
 MORE_CONVERSATIONS = [
@@ -62,38 +65,12 @@ def target_path(tmp_path_factory) -> Path:
     return save_tiny_target(tmp_path_factory.mktemp("target"))
 
 
-@pytest.fixture(autouse=True)
-def own_dataset_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
-
-
-def run(flags: dict[str, str], *more: str) -> None:
-    cli.main([part for flag in flags.items() for part in flag] + list(more))
-
-
-def error_of(flags: dict[str, str], capsys) -> str:
-    with pytest.raises(SystemExit) as exit_info:
-        run(flags)
-    assert exit_info.value.code == 2
-    return capsys.readouterr().err
-
-
 @pytest.fixture(scope="module")
 def flags(target_path, tmp_path_factory) -> dict[str, str]:
     """The smallest run: 2 conversations a step, 8 steps."""
-    directory = tmp_path_factory.mktemp("data")
-    return {
-        "--model-path": str(target_path),
-        "--dataset": str(write_conversations(directory / "train.jsonl", CONVERSATIONS)),
-        "--attention-backend": "sdpa_mla",
-        "--num-ttt-steps": "3",
-        "--per-device-train-batch-size": "2",
-        "--max-steps": "8",
-        "--save-steps": "2",
-        "--logging-steps": "2",
-        "--use-cpu": "True",
-        "--disable-tqdm": "True",
-    }
+    steps = {"max_steps": "8", "save_steps": "2", "logging_steps": "2"}
+    sizes = {"num_ttt_steps": "3", "per_device_train_batch_size": "2"}
+    return training_flags(tmp_path_factory.mktemp("data"), target_path, **sizes, **steps)
 
 
 @pytest.fixture(scope="module")
@@ -111,15 +88,6 @@ def command(flags, head, tmp_path) -> dict[str, str]:
     dataset = write_conversations(tmp_path / "more.jsonl", MORE_CONVERSATIONS)
     adapter = {"--draft-checkpoint": str(head), "--lora-rank": "2", "--learning-rate": "0.02"}
     return flags | adapter | {"--dataset": str(dataset), "--output-dir": str(tmp_path / "out")}
-
-
-class InterruptAfter(TrainerCallback):
-    def __init__(self, num_steps: int):
-        self.num_steps = num_steps
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.num_steps:
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("use_dora", [False, True], ids=["lora", "dora"])
@@ -266,28 +234,11 @@ def test_an_adapter_of_a_head_loaded_as_remote_code_drafts_and_merges(
 
 
 @pytest.mark.parametrize("num_steps", [3, 5])
-def test_a_resumed_adapter_ends_with_the_bits_of_an_uninterrupted_one(num_steps, command, tmp_path, monkeypatch):
-    run(command)
-    resumed = command | {"--output-dir": str(tmp_path / "resumed")}
-    train = Eagle3Trainer.train
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            Eagle3Trainer,
-            "train",
-            lambda self, **kwargs: (self.add_callback(InterruptAfter(num_steps)), train(self, **kwargs)),
-        )
-        with pytest.raises(KeyboardInterrupt):
-            run(resumed)
-    run(resumed, "--resume-from-checkpoint")
-    whole, joined = (tmp_path / name / "checkpoint" for name in ("out", "resumed"))
-    expected = load_file(whole / "adapter_model.safetensors")
-    assert any(weight.abs().max() > 0 for name, weight in expected.items() if "lora_B" in name)
-    for name, weight in load_file(joined / "adapter_model.safetensors").items():
-        assert torch.equal(weight, expected[name]), name
-    states = [torch.load(path / "optimizer.pt", weights_only=True)["state"] for path in (whole, joined)]
-    for index, entry in states[0].items():
-        for name, tensor in entry.items():
-            assert torch.equal(tensor, states[1][index][name])
+def test_a_resumed_adapter_ends_with_the_bits_of_an_uninterrupted_one(num_steps, command):
+    whole, joined = run_whole_and_joined(command, num_steps)
+    weights = load_file(whole / "adapter_model.safetensors")
+    assert any(weight.abs().max() > 0 for name, weight in weights.items() if "lora_B" in name)
+    assert_same_bits(whole, joined, "adapter_model.safetensors")
 
 
 def test_training_goes_on_from_the_weights_and_the_vocabulary_of_a_draft(command, head, tmp_path):
@@ -312,6 +263,10 @@ WRONG_REQUESTS = {
     "other vocabulary": ({"--draft-vocab-size": "50"}, "`--draft-vocab-size` must be 100, as in"),
     "other residual": ({"--embed-residual": "True"}, "`--embed-residual` must be left out: "),
     "other feedback": ({"--norm-output": "True"}, "`--norm-output` must be left out: "),
+    "nothing for Muon": (
+        {"--lora-target-modules": "lm_head", "--muon-learning-rate": "0.01"},
+        "`--muon-learning-rate` must be 0 or left out, got 0.01: it trains the matrices that map states to states",
+    ),
     "no draft": ({"--draft-checkpoint": "./nowhere"}, "The draft ./nowhere cannot be loaded"),
 }
 
@@ -322,7 +277,6 @@ def test_a_wrong_request_is_one_message_and_leaves_nothing(request_name, command
     request = {flag: value for flag, value in (command | changes).items() if value is not None}
     error = error_of(request, capsys)
     assert message in error
-    assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
 
 
@@ -333,6 +287,17 @@ def test_a_draft_with_a_number_that_is_not_finite_is_no_start(command, tmp_path,
     weights["fc.weight"][0, 0] = math.nan
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     assert "`fc.weight` of the draft" in error_of(command | {"--draft-checkpoint": str(broken)}, capsys)
+
+
+@pytest.mark.parametrize("num_bytes", [0, 100, 5000, -100])
+def test_a_draft_whose_weights_are_cut_is_no_start(num_bytes, command, tmp_path, capsys):
+    """In the length of the header, in the header, and in the weights."""
+    cut = tmp_path / "cut"
+    shutil.copytree(command["--draft-checkpoint"], cut, ignore=shutil.ignore_patterns("checkpoint*"))
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:num_bytes])
+    error = error_of(command | {"--draft-checkpoint": str(cut)}, capsys)
+    assert f"The weights in {cut} are damaged or incomplete (" in error
 
 
 def test_a_target_is_no_draft_to_go_on_from(command, target_path, capsys):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference_ttt import ATTENTION, save_tiny_target, tiny_config, tiny_target, tiny_tokenizer, write_conversations
+from reference_runs import run, training_flags
+from reference_ttt import ATTENTION, tiny_config, tiny_target, tiny_tokenizer
 from rich.console import Console
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GptOssConfig, Qwen3Config
 
-from eagle3_mla.training import cli, diagnosis
+from eagle3_mla.training import diagnosis
 from eagle3_mla.training.arguments import Eagle3TrainingArguments
 from eagle3_mla.training.batching import PaddingCollator
 from eagle3_mla.training.diagnosis_case import FAILED, OK, WARNING, Case
@@ -332,22 +333,8 @@ def test_spans_are_the_runs_of_ones():
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch) -> dict[str, str]:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
-    return {
-        "--model-path": str(save_tiny_target(tmp_path / "target")),
-        "--dataset": str(write_conversations(tmp_path / "train.jsonl")),
-        "--output-dir": str(tmp_path / "out"),
-        "--attention-backend": "sdpa_mla",
-        "--num-ttt-steps": "2",
-        "--use-cpu": "True",
-        "--disable-tqdm": "True",
-        "--report-to": "none",
-    }
-
-
-def run(flags: dict[str, str], *more: str) -> int:
-    return cli.main([part for flag in flags.items() for part in flag] + list(more))
+def command(own_dataset_cache, tmp_path) -> dict[str, str]:
+    return training_flags(tmp_path)
 
 
 def test_the_command_writes_its_findings_and_trains_nothing(command, tmp_path, capsys):

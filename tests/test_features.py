@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 from features_fixtures import preparation_flags, prepare_features, save_target
-from reference_ttt import tiny_draft, tiny_target, write_conversations
+from reference_ttt import TARGET_SIZES, tiny_draft, tiny_target, write_conversations
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -38,16 +38,7 @@ from eagle3_mla.training.state_storage import GROUP_SIZE, bytes_per_state, decod
 from eagle3_mla.training.stored_target import StoredTarget, StoredTeacher, head_tensors
 from eagle3_mla.training.target import Teacher, run_decoder, target_logits
 
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-}
+SIZES = TARGET_SIZES | {"pad_token_id": 0}
 FAMILIES = {
     "untied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "tied": lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)),

@@ -26,17 +26,14 @@ from transformers import AutoModelForCausalLM
 from eagle3_mla.training import feature_preparation, feature_shards
 from eagle3_mla.training.feature_shards import is_taught
 
+pytestmark = pytest.mark.usefixtures("own_dataset_cache")
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "prepare_features.py"
 
 
 @pytest.fixture(scope="module")
 def target_path(tmp_path_factory) -> Path:
     return save_target(tmp_path_factory.mktemp("target"))
-
-
-@pytest.fixture(autouse=True)
-def own_dataset_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
 
 
 @pytest.fixture

@@ -8,20 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from features_fixtures import command_line, preparation_flags, prepare_features, save_target
+from features_fixtures import preparation_flags, prepare_features, save_target
+from reference_runs import command_line, error_of, run
 from reference_ttt import CONVERSATIONS, write_conversations
 from safetensors.torch import load_file
 
 from eagle3_mla.training import cli, target
 from eagle3_mla.training.trainer import Eagle3Trainer
 
+pytestmark = pytest.mark.usefixtures("own_dataset_cache")
+
 SCRIPT = Path(__file__).parents[1] / "scripts" / "train_eagle3.py"
 ONLINE = {"--max-length": "64", "--target-forward": "document"}
-
-
-@pytest.fixture(autouse=True)
-def own_dataset_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +64,7 @@ def command(target_path, tmp_path) -> dict[str, str]:
 
 def train(flags: dict[str, str]) -> tuple[dict[str, torch.Tensor], list[tuple[float, float]]]:
     """Trained weights, and loss and gradient norm of every step."""
-    assert cli.main(command_line(flags)) == 0
+    assert run(flags) == 0
     output_dir = Path(flags["--output-dir"])
     log = [json.loads(line) for line in (output_dir / "training_log.jsonl").read_text().splitlines()]
     steps = [(entry["loss"], entry["grad_norm"]) for entry in log if "loss" in entry]
@@ -81,13 +79,6 @@ def train_both(command, dataset_path, features, tmp_path, **online):
     trained_online = train(command | online_flags)
     trained_offline = train(command | {"--features": str(features), "--output-dir": str(tmp_path / "offline")})
     return trained_online, trained_offline
-
-
-def error_of(flags: dict[str, str], capsys) -> str:
-    with pytest.raises(SystemExit) as exit_info:
-        cli.main(command_line(flags))
-    assert exit_info.value.code == 2
-    return capsys.readouterr().err
 
 
 def assert_same_training(first, second) -> None:

@@ -73,3 +73,8 @@ def test_every_package_is_installed():
     listed = re.search(r"^packages = (\[.*?\])", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
     folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     assert set(ast.literal_eval(listed[1])) == {"eagle3_mla"} | {f"eagle3_mla.{name}" for name in folders}
+
+
+def test_a_checkout_may_have_any_name(request):
+    """The root is a package; pytest would import it under the folder's name, which `eagle3-mla` is not."""
+    assert not any(isinstance(node, pytest.Package) for node in request.node.listchain())

@@ -6,9 +6,9 @@ import sys
 import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
-from reference_ttt import save_tiny_target, write_conversations
+from reference_runs import run, training_flags
 
-from eagle3_mla.training import cli, plots
+from eagle3_mla.training import plots
 from eagle3_mla.training.card import CARD_FILE
 
 LOG_HISTORY = [
@@ -33,22 +33,9 @@ def figures(monkeypatch) -> list[Figure]:
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch) -> dict[str, str]:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
-    return {
-        "--model-path": str(save_tiny_target(tmp_path / "target")),
-        "--dataset": str(write_conversations(tmp_path / "train.jsonl")),
-        "--output-dir": str(tmp_path / "out"),
-        "--attention-backend": "sdpa_mla",
-        "--num-ttt-steps": "2",
-        "--per-device-train-batch-size": "2",
-        "--max-steps": "4",
-        "--save-steps": "2",
-        "--logging-steps": "1",
-        "--use-cpu": "True",
-        "--disable-tqdm": "True",
-        "--report-to": "none",
-    }
+def command(own_dataset_cache, tmp_path) -> dict[str, str]:
+    steps = {"max_steps": "4", "save_steps": "2", "logging_steps": "1"}
+    return training_flags(tmp_path, per_device_train_batch_size="2", **steps)
 
 
 def curves(figure: Figure) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -97,17 +84,17 @@ def test_a_history_without_losses_has_no_curves():
 
 
 def test_every_checkpoint_the_result_and_its_card_show_the_curves(command, tmp_path):
-    assert cli.main([part for flag in command.items() for part in flag]) == 0
+    assert run(command) == 0
     for name in (".", "checkpoint-2", "checkpoint-4", "checkpoint"):
         assert (tmp_path / "out" / name / plots.CURVES_FILE).is_file()
     assert f"({plots.CURVES_FILE})" in (tmp_path / "out" / CARD_FILE).read_text()
 
 
 def test_curves_of_a_resumed_run_are_whole(command, tmp_path, figures):
-    arguments = [part for flag in (command | {"--save-total-limit": "1"}).items() for part in flag]
-    assert cli.main([*arguments, "--max-steps", "2"]) == 0
+    flags = command | {"--save-total-limit": "1"}
+    assert run(flags, "--max-steps", "2") == 0
     figures.clear()
-    assert cli.main([*arguments, "--resume-from-checkpoint"]) == 0
+    assert run(flags, "--resume-from-checkpoint") == 0
     log = [json.loads(line) for line in (tmp_path / "out" / "training_log.jsonl").read_text().splitlines()]
     losses = [(entry["step"], entry["loss"]) for entry in log if "loss" in entry]
     assert [step for step, _ in losses] == [1, 2, 3, 4]

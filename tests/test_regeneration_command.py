@@ -20,6 +20,8 @@ from eagle3_mla.training.data import tokenize_conversations
 from eagle3_mla.training.regeneration_cli import main
 from eagle3_mla.training.sources import load_conversations
 
+pytestmark = pytest.mark.usefixtures("own_dataset_cache")
+
 ROOT = Path(__file__).parents[1]
 NANO_TARGET = ROOT / "examples" / "nano-target"
 REQUESTS = [
@@ -27,11 +29,6 @@ REQUESTS = [
     "Write the Python function `gcd(a, b)`.",
     "Write the Python method `__repr__(self)` of the class `Point`.",
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_dataset_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +57,7 @@ def refused(capsys, arguments: list[str]) -> str:
 
 
 def test_the_command_writes_a_dataset_and_where_it_comes_from(paths, tmp_path):
-    main(paths)
+    main([*paths, "--drop-cut-answers", "False"])
     total = json.loads((tmp_path / "out" / "regeneration" / "provenance.json").read_text())
     assert total["result"]["num_rows"] == 14
     assert total["data_sha256"]
@@ -203,7 +200,7 @@ def test_answers_of_the_nano_target_are_those_of_generate(tmp_path):
     main(
         [
             *("--model-path", str(NANO_TARGET), "--dataset", str(data), "--output-dir", str(tmp_path / "out")),
-            *("--max-new-tokens", "32", "--batch-size", "3", "--use-cpu"),
+            *("--max-new-tokens", "32", "--batch-size", "3", "--drop-cut-answers", "False", "--use-cpu"),
         ]
     )
     (shard,) = (tmp_path / "out").glob("*.jsonl")
@@ -232,6 +229,7 @@ def test_training_finds_in_messages_what_the_token_rows_hold(tmp_path):
     rows, tokenizer = {}, AutoTokenizer.from_pretrained(NANO_TARGET)
     for form in ("messages", "tokens"):
         arguments = ["--dataset", str(data), "--output-dir", str(tmp_path / form), "--output-format", form]
+        arguments += ["--drop-cut-answers", "False"]
         main([*arguments, "--model-path", str(NANO_TARGET), "--max-new-tokens", "48", "--use-cpu"])
         rows[form] = tokenize_conversations(load_conversations(str(tmp_path / form)), tokenizer, max_length=256)
     finish_reasons = load_conversations(str(tmp_path / "tokens"))["finish_reason"]
@@ -242,6 +240,47 @@ def test_training_finds_in_messages_what_the_token_rows_hold(tmp_path):
         assert text["loss_mask"][:length] == exact["loss_mask"]
         # The template ends a turn that was cut, too.
         assert sum(text["loss_mask"][length:]) == (finish_reason == "length")
+
+
+def test_nothing_teaches_an_end_that_the_target_never_said(tmp_path, caplog):
+    """Behind a cut answer the template puts an end; the draft would learn to stop in the middle of sentences."""
+    data = write_conversations(tmp_path / "source.jsonl", [[("user", request)] for request in REQUESTS])
+    texts, tokenizer = {}, AutoTokenizer.from_pretrained(NANO_TARGET)
+    for form in ("messages", "tokens"):
+        arguments = ["--dataset", str(data), "--output-dir", str(tmp_path / form), "--output-format", form]
+        with caplog.at_level("INFO"):
+            main([*arguments, "--model-path", str(NANO_TARGET), "--max-new-tokens", "48", "--use-cpu"])
+        rows = tokenize_conversations(load_conversations(str(tmp_path / form)), tokenizer, max_length=256)
+        texts[form] = [tokenizer.decode(ids) for ids in rows["input_ids"]]
+    reasons = load_conversations(str(tmp_path / "tokens"))["finish_reason"]
+    assert set(reasons) == {"stop", "length"}
+    finished = [text for text, reason in zip(texts["tokens"], reasons, strict=True) if reason == "stop"]
+    assert [text.removesuffix("\n") for text in texts["messages"]] == finished
+    assert f"{reasons.count('length')} conversations left out: the answer was cut by --max-new-tokens." in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "is_dropped"),
+    [
+        ([], True),
+        (["--output-format", "tokens"], False),
+        (["--drop-cut-answers", "False"], False),
+        (["--output-format", "tokens", "--drop-cut-answers"], True),
+    ],
+)
+def test_cut_answers_are_dropped_where_they_would_teach_an_end(arguments, is_dropped, paths, tmp_path):
+    main([*paths, *arguments])
+    total = json.loads((tmp_path / "out" / "regeneration" / "provenance.json").read_text())["result"]
+    reasons = load_conversations(str(tmp_path / "out"))["finish_reason"]
+    assert ("length" in reasons) == (total["num_cut"] > 0)
+    assert ("length" in reasons) != is_dropped
+    assert sum(total["left_out"].values()) == (14 - total["num_rows"] if is_dropped else 0)
+
+
+def test_cut_answers_that_are_kept_as_text_are_named(paths, caplog):
+    with caplog.at_level("INFO"):
+        main([*paths, "--drop-cut-answers", "False"])
+    assert "Training learns an end of turn behind each answer that was cut" in caplog.text
 
 
 def start(arguments: list[str], *launcher: str, **settings) -> subprocess.Popen:

@@ -23,14 +23,11 @@ from eagle3_mla.training.regeneration import Regeneration, regenerate, total_rec
 from eagle3_mla.training.row_shards import RowShards
 from eagle3_mla.training.sources import load_conversations
 
+pytestmark = pytest.mark.usefixtures("own_dataset_cache")
+
 ROWS_PER_SHARD = 3
 REQUEST = {"--seed": 3, "rows of --dataset": "abc"}
 SAMPLING = Decoding(max_new_tokens=10, do_sample=True, temperature=0.8, seed=3)
-
-
-@pytest.fixture(autouse=True)
-def own_dataset_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
 
 
 @pytest.fixture

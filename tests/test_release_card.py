@@ -6,7 +6,7 @@ import sys
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from reference_ttt import save_tiny_target, write_conversations
+from reference_runs import run, training_flags
 
 from eagle3_mla.evaluation import cli as evaluation
 from eagle3_mla.training import card, cli
@@ -50,20 +50,7 @@ def result(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("datasets.config.HF_DATASETS_CACHE", str(directory / "datasets-cache"))
-        flags = {
-            "--model-path": str(save_tiny_target(directory / "target")),
-            "--dataset": str(write_conversations(directory / "train.jsonl")),
-            "--output-dir": str(directory / "out"),
-            "--attention-backend": "sdpa_mla",
-            "--num-ttt-steps": "2",
-            "--max-steps": "1",
-            "--logging-steps": "1",
-            "--seed": "13",
-            "--use-cpu": "True",
-            "--disable-tqdm": "True",
-            "--report-to": "none",
-        }
-        assert cli.main([part for flag in flags.items() for part in flag]) == 0
+        assert run(training_flags(directory, max_steps="1", logging_steps="1", seed="13")) == 0
     return directory / "out"
 
 

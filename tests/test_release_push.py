@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from loopback_hub import LoopbackHub
-from reference_ttt import save_tiny_target, write_conversations
+from reference_runs import run, training_flags
 from transformers import AutoModelForCausalLM
 
 from eagle3_mla.training import cli
@@ -46,26 +46,9 @@ def hub(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def command(tmp_path, monkeypatch) -> dict[str, str]:
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
-    return {
-        "--model-path": str(save_tiny_target(tmp_path / "target")),
-        "--dataset": str(write_conversations(tmp_path / "train.jsonl")),
-        "--output-dir": str(tmp_path / "pushed-draft"),
-        "--attention-backend": "sdpa_mla",
-        "--num-ttt-steps": "2",
-        "--max-steps": "2",
-        "--save-steps": "1",
-        "--logging-steps": "1",
-        "--use-cpu": "True",
-        "--disable-tqdm": "True",
-        "--report-to": "none",
-        "--push-to-hub": "True",
-    }
-
-
-def run(flags: dict[str, str], *more: str) -> int:
-    return cli.main([part for flag in flags.items() for part in flag] + list(more))
+def command(own_dataset_cache, tmp_path) -> dict[str, str]:
+    steps = {"max_steps": "2", "save_steps": "1", "logging_steps": "1"}
+    return training_flags(tmp_path, output_dir=str(tmp_path / "pushed-draft"), push_to_hub="True", **steps)
 
 
 def test_a_stranger_loads_what_was_pushed_and_gets_the_plain_text(hub, command, tmp_path):

@@ -21,12 +21,9 @@ from eagle3_mla.training.data import (
 )
 from eagle3_mla.training.sources import load_conversations
 
+pytestmark = pytest.mark.usefixtures("own_dataset_cache")
+
 CONVERSATION = [{"role": "user", "content": "say abc"}, {"role": "assistant", "content": "abc"}]
-
-
-@pytest.fixture(autouse=True)
-def own_dataset_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
 
 
 def tokenize(path, max_length=256, **options) -> Dataset:

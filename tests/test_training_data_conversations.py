@@ -13,6 +13,7 @@ from eagle3_mla.training.conversations import (
     read_completion,
     read_conversation,
 )
+from eagle3_mla.training.prompt_rows import read_prompts
 
 CONVERSATION = [{"role": "user", "content": "say abc"}, {"role": "assistant", "content": "abc"}]
 USER = CONVERSATION[0]
@@ -55,6 +56,32 @@ def test_all_spellings_of_a_tool_call_are_read(call):
         if "b" not in str(stored) or isinstance(stored[0], dict):
             answer = {"role": "assistant", "content": None, "tool_calls": stored}
             assert parse_conversation({"messages": [USER, answer]}, 1) == expected
+
+
+def test_nulls_of_a_json_string_are_kept_where_they_are_the_users():
+    """Arrow adds nulls to objects only; what a string says was written by somebody."""
+    arguments = {"a": 2, "b": None, "c": {"d": None}}
+    call = {"id": None, "function": {"name": "add", "arguments": arguments, "strict": None}}
+    answer = {"role": "assistant", "content": None, "name": None, "tool_calls": [call]}
+    expected = [USER, {"role": "assistant", "content": ""}]
+    expected[1]["tool_calls"] = [{"type": "function", "function": {"name": "add", "arguments": arguments}}]
+    as_text = {"function": {"name": "add", "arguments": json.dumps(arguments)}}
+    for messages in (
+        json.dumps([USER, answer]),
+        [USER, json.dumps(answer)],
+        [USER, answer | {"tool_calls": json.dumps([call])}],
+        [USER, answer | {"tool_calls": [json.dumps(call)]}],
+        [USER, answer | {"tool_calls": [as_text]}],
+    ):
+        assert parse_conversation({"messages": messages}, 1) == expected
+        assert read_prompts({"messages": messages}, 1).messages == expected
+
+
+def test_nulls_of_a_schema_in_a_json_string_are_kept():
+    schema = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"default": None}}}}}
+    for tools in (json.dumps([schema]), [json.dumps(schema)]):
+        assert parse_tools({"tools": tools}, 1) == [schema]
+    assert "default" not in str(parse_tools({"tools": [schema]}, 1))
 
 
 def test_calls_and_results_of_sharegpt_are_read():

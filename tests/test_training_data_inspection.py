@@ -12,10 +12,7 @@ from eagle3_mla.training.arguments import DataArguments
 from eagle3_mla.training.data import prepare_rows
 from eagle3_mla.training.inspection import choose_evenly, describe_template, print_row
 
-
-@pytest.fixture(autouse=True)
-def own_dataset_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+pytestmark = pytest.mark.usefixtures("own_dataset_cache")
 
 
 def printed_row(tmp_path, tokenizer, conversation, **console_arguments) -> str:

@@ -4,72 +4,32 @@ import json
 
 import pytest
 import torch
-from reference_ttt import CONVERSATIONS, save_tiny_target, write_conversations
+from reference_runs import run, run_interrupted, training_flags
+from reference_ttt import CONVERSATIONS, write_conversations
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
-from eagle3_mla.training import cli
-
-
-@pytest.fixture(autouse=True)
-def own_dataset_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+pytestmark = pytest.mark.usefixtures("own_dataset_cache")
 
 
 @pytest.fixture
 def command(tmp_path) -> dict[str, str]:
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"say the letters {n}"}) + "\n" for n in range(6)), encoding="utf-8")
-    return {
-        "--model-path": str(save_tiny_target(tmp_path / "target")),
-        "--dataset": str(write_conversations(tmp_path / "train.jsonl", CONVERSATIONS * 3)),
-        "--attention-backend": "sdpa_mla",
-        "--output-dir": str(tmp_path / "out"),
-        "--draft-vocab-size": "100",
-        "--num-ttt-steps": "3",
-        "--per-device-train-batch-size": "2",
-        "--max-steps": "6",
-        "--max-length": "64",
-        "--save-steps": "2",
-        "--use-cpu": "True",
-        "--disable-tqdm": "True",
-    }
-
-
-class InterruptAfter(TrainerCallback):
-    """What a kill looks like from inside: training stops between two steps and nothing is cleaned up."""
-
-    def __init__(self, num_steps: int):
-        self.num_steps = num_steps
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.num_steps:
-            raise KeyboardInterrupt
-
-
-def run(flags: dict[str, str], *more: str) -> int:
-    return cli.main([part for flag, value in flags.items() for part in (flag, *value.split())] + list(more))
+    dataset = str(write_conversations(tmp_path / "three-times.jsonl", CONVERSATIONS * 3))
+    sizes = {"per_device_train_batch_size": "2", "draft_vocab_size": "100", "max_length": "64"}
+    steps = {"num_ttt_steps": "3", "max_steps": "6", "save_steps": "2"}
+    return training_flags(tmp_path, dataset=dataset, **sizes, **steps)
 
 
 def weights_in(directory) -> dict[str, torch.Tensor]:
     return load_file(directory / "model.safetensors")
 
 
-def test_a_packed_run_that_was_interrupted_ends_as_an_uninterrupted_one(command, tmp_path, monkeypatch):
+def test_a_packed_run_that_was_interrupted_ends_as_an_uninterrupted_one(command, tmp_path):
     run(command, "--packing")
     straight = weights_in(tmp_path / "out")
     command["--output-dir"] = str(tmp_path / "resumed")
-    prepare = cli.prepare
-
-    def prepare_interrupted(*args):
-        prepared = prepare(*args)
-        prepared.trainer.add_callback(InterruptAfter(3))
-        return prepared
-
-    with monkeypatch.context() as patched:
-        patched.setattr(cli, "prepare", prepare_interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run(command, "--packing")
+    run_interrupted(command, 3, "--packing")
     assert (tmp_path / "resumed" / "checkpoint").resolve().name == "checkpoint-2"
     run(command, "--packing", "--resume-from-checkpoint")
     resumed = weights_in(tmp_path / "resumed")

@@ -8,16 +8,13 @@ from reference_ttt import CONVERSATIONS, write_conversations
 
 from eagle3_mla.training.sources import load_conversations
 
+pytestmark = pytest.mark.usefixtures("own_dataset_cache")
+
 CONVERSATION = [{"role": "user", "content": "say abc"}, {"role": "assistant", "content": "abc"}]
 CALLING = [
     {"role": "user", "content": [{"type": "text", "text": "say abc"}]},
     {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
 ]
-
-
-@pytest.fixture(autouse=True)
-def own_dataset_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets-cache")
 
 
 def write_lines(path, rows) -> str:

@@ -375,6 +375,61 @@ def test_marks_that_do_not_hold_the_answers_are_refused(where):
         answers_of(tokenizer, messages)
 
 
+# Each wraps the answers, and something that others say as well.
+TOO_WIDE = {
+    "the whole conversation": "{% generation %}{% for m in messages %}{{ '<' + m.role + '>' + m.content + '<e>' }}"
+    "{% endfor %}{% endgeneration %}",
+    "every message": "{% for m in messages %}{{ '<' + m.role + '>' }}{% generation %}{{ m.content + '<e>' }}"
+    "{% endgeneration %}{% endfor %}",
+    "the request in capitals": "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+    "{{ messages[loop.index0 - 1].content | upper + '<assistant>' + m.content + '<e>' }}{% endgeneration %}"
+    "{% else %}{{ '<' + m.role + '>' + m.content + '<e>' }}{% endif %}{% endfor %}",
+    "the result of a tool": "{% for m in messages %}{{ '<' + m.role + '>' }}{% if m.role in ['assistant', 'tool'] %}"
+    "{% generation %}{{ m.content + '<e>' }}{% endgeneration %}{% else %}{{ m.content + '<e>' }}{% endif %}"
+    "{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TOO_WIDE)
+def test_marks_that_hold_what_others_say_are_refused(name):
+    """The answers are in the blocks, so nothing fails, and the draft learns the user's text."""
+    tokenizer = make_tokenizer(TOO_WIDE[name], ["<user>", "<assistant>", "<tool>"], "<e>")
+    with pytest.raises(ValueError, match="blocks hold more than what the assistant says"):
+        answers_of(tokenizer, [USER, ANSWER, RESULT, OTHER_ANSWER])
+
+
+def test_a_template_that_was_found_right_is_checked_again_for_other_kinds_of_messages():
+    tokenizer = make_tokenizer(TOO_WIDE["the result of a tool"], ["<user>", "<assistant>", "<tool>"], "<e>")
+    make_row = RowTokenizer(tokenizer, TokenizationOptions(max_length=100))
+    assert sum(make_row({"messages": TWO_TURNS}, 0)["loss_mask"]) > 0
+    with pytest.raises(ValueError, match=r"Row 2: .* blocks hold more than what the assistant says"):
+        make_row({"messages": [USER, RESULT, ANSWER]}, 1)
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_an_answer_that_quotes_the_user_is_accepted(name):
+    template, plain = MARKED[name]
+    tokenizer = make_tokenizer(template, *TEMPLATES[plain][1:])
+    messages = [SYSTEM, USER, {"role": "assistant", "content": f"You said {USER['content']!r}"}, OTHER_USER]
+    messages.append({"role": "assistant", "content": OTHER_USER["content"]})
+    for message, answer in zip(messages[2::2], answers_of(tokenizer, messages), strict=True):
+        assert message["content"] in answer
+
+
+def test_marks_are_checked_once_for_each_sequence_of_kinds_of_messages():
+    """A check for every row would take twice the time of the rows themselves."""
+    template, plain = MARKED["chatml"]
+    tokenizer = make_tokenizer(template, *TEMPLATES[plain][1:])
+    chat_template = ChatTemplate(tokenizer)
+    render_marked, num_rendered = chat_template.render_marked, []
+    chat_template.render_marked = lambda *args: num_rendered.append(1) or render_marked(*args)
+    for request in ("one", "two", "three"):
+        conversation = Conversation([{"role": "user", "content": request}, ANSWER])
+        text = chat_template.render(conversation.messages, None)
+        find_answers(Rendering(chat_template, conversation, text), [1], len(text) + 1)
+    assert len(num_rendered) == 3 + 2
+
+
 def test_blocks_that_touch_are_one():
     """A token may reach from the block of the content into that of the end; both are the assistant's."""
     assert merge_touching([(0, 3), (3, 5), (6, 8)]) == [(0, 5), (6, 8)]

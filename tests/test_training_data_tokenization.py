@@ -140,6 +140,15 @@ def test_padding_of_tokenised_rows_is_left_out():
     assert tokenize(row)["loss_mask"] == [0, 1, 1]
 
 
+def test_whole_numbers_that_became_floats_are_read():
+    """One huge number makes floats of all rows of a column; the others are as good as before."""
+    row = {"input_ids": [4.0, 5.0, 6.0], "loss_mask": [0.0, 1.0, 1.0], "attention_mask": [1.0, 1.0, 1.0]}
+    tokenized = tokenize(row, vocab_size=40)
+    assert tokenized["input_ids"] == [4, 5, 6]
+    assert {type(token) for token in tokenized["input_ids"]} == {int}
+    assert tokenized["loss_mask"] == [0, 1, 1]
+
+
 WRONG = {
     "nothing": ({}, "Row 7 must have `messages` or `conversations`, `prompt` and `completion`, `text`"),
     "other columns": ({"a": 1, "text": None}, r"got the columns a, text \(empty\)\."),
@@ -157,6 +166,28 @@ WRONG = {
         "`input_ids` must be at least 0 and below the target's `vocab_size` 40, got 40",
     ),
     "a negative id": ({"input_ids": [1, -2], "loss_mask": [1, 1]}, "`input_ids` must be at least 0.* got -2"),
+    "an id beyond 64 bits": (
+        {"input_ids": [1, 2**64], "loss_mask": [1, 1]},
+        "below the target's `vocab_size` 40, got 18446744073709551616",
+    ),
+    # Unsigned in the file, and once negative where it was read.
+    "an id beyond 63 bits": (
+        {"input_ids": [1, 2**63], "loss_mask": [1, 1]},
+        "below the target's `vocab_size` 40, got 9223372036854775808",
+    ),
+    # What the JSON reader makes of one that is beyond 64 bits.
+    "an id that became a float": (
+        {"input_ids": [1.0, 2.0**70], "loss_mask": [1, 1]},
+        "below the target's `vocab_size` 40, got 1180591620717411303424",
+    ),
+    "a negative id beyond 64 bits": ({"input_ids": [1, -(2**70)], "loss_mask": [1, 1]}, "got -1180591620717411303424"),
+    "a mask beyond 64 bits": (
+        {"input_ids": [1, 2], "loss_mask": [1, 2**64]},
+        "must be 0 or 1, got 18446744073709551616",
+    ),
+    "a label beyond 64 bits": ({"input_ids": [1, 2], "labels": [1, 2**64]}, "`labels` must be -100 or the token"),
+    "a fraction as id": ({"input_ids": [1.0, 1.5], "loss_mask": [1, 1]}, "`input_ids` must hold integers, got 1.5"),
+    "an endless id": ({"input_ids": [1, math.inf], "loss_mask": [1, 1]}, "must hold integers, got inf"),
     "a null id": ({"input_ids": [1, None], "loss_mask": [1, 1]}, "`input_ids` must hold integers, got None"),
     "not a number as id": ({"input_ids": [1, math.nan], "loss_mask": [1, 1]}, "must hold integers, got nan"),
     "rows of ids": ({"input_ids": [[1], [2, 3]], "loss_mask": [1, 1]}, "must be a list of integers, got"),

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from reference_ttt import tiny_config, tiny_draft, tiny_target
+from reference_ttt import TARGET_SIZES, tiny_config, tiny_draft, tiny_target
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -18,16 +18,7 @@ from eagle3_mla.training.initialization import initialize_from_target, is_plain_
 from eagle3_mla.training.target import Teacher, check_logits_can_be_chunked, keeps_documents_apart
 from eagle3_mla.training.ttt import TTTDraftModel
 
-SIZES = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-    "pad_token_id": 0,
-}
+SIZES = TARGET_SIZES | {"pad_token_id": 0}
 FAMILIES = {
     "softcapped": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=4, final_logit_softcapping=2.0)),
     "divided": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)),

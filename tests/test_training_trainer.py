@@ -1,18 +1,20 @@
 """Training end to end on a tiny target: the global batch, checkpoints, resuming, the result, wrong requests."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from reference_runs import assert_same_bits, command_line, error_of, run, run_whole_and_joined, training_flags
 from reference_ttt import CONVERSATIONS, save_tiny_target, tiny_config, tiny_target, write_conversations
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, TrainerCallback
+from transformers import AutoTokenizer, Llama4ForCausalLM, Llama4TextConfig
 
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
-from eagle3_mla.training import cli, trainer
+from eagle3_mla.training import cli, feature_preparation, trainer
 from eagle3_mla.training.arguments import Eagle3TrainingArguments
 from eagle3_mla.training.batching import LengthGroupedSampler, PaddingCollator
 from eagle3_mla.training.data import tokenize_conversations
@@ -20,6 +22,8 @@ from eagle3_mla.training.sources import load_conversations
 from eagle3_mla.training.target import Teacher
 from eagle3_mla.training.trainer import Eagle3Trainer, find_checkpoint
 from eagle3_mla.training.ttt import TTTDraftModel
+
+pytestmark = pytest.mark.usefixtures("own_dataset_cache")
 
 NUM_TTT_STEPS = 3
 
@@ -34,38 +38,11 @@ def dataset_path(tmp_path) -> Path:
     return write_conversations(tmp_path / "train.jsonl", CONVERSATIONS)
 
 
-@pytest.fixture(autouse=True)
-def own_dataset_cache(tmp_path, monkeypatch):
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "datasets-cache"))
-
-
 @pytest.fixture
-def command(target_path, dataset_path, tmp_path):
+def command(target_path, tmp_path):
     """Flags of the smallest run: 5 conversations, 2 a step, 3 steps an epoch, 8 steps."""
-    return {
-        "--model-path": str(target_path),
-        "--dataset": str(dataset_path),
-        "--output-dir": str(tmp_path / "out"),
-        "--attention-backend": "sdpa_mla",
-        "--num-ttt-steps": "3",
-        "--per-device-train-batch-size": "2",
-        "--max-steps": "8",
-        "--save-steps": "2",
-        "--logging-steps": "2",
-        "--use-cpu": "True",
-        "--disable-tqdm": "True",
-    }
-
-
-def run(flags: dict[str, str], *more: str) -> None:
-    cli.main([part for flag in flags.items() for part in flag] + list(more))
-
-
-def error_of(flags: dict[str, str], capsys, *more: str) -> str:
-    with pytest.raises(SystemExit) as exit_info:
-        run(flags, *more)
-    assert exit_info.value.code == 2
-    return capsys.readouterr().err
+    steps = {"max_steps": "8", "save_steps": "2", "logging_steps": "2"}
+    return training_flags(tmp_path, target_path, num_ttt_steps="3", per_device_train_batch_size="2", **steps)
 
 
 def make_trainer(rows, target, output_dir: Path, **overrides) -> Eagle3Trainer:
@@ -75,22 +52,6 @@ def make_trainer(rows, target, output_dir: Path, **overrides) -> Eagle3Trainer:
     args = Eagle3TrainingArguments(output_dir=str(output_dir), save_strategy="no", **arguments | overrides)
     draft = TTTDraftModel(config).double()
     return Eagle3Trainer(draft, Teacher(target, draft), args, train_dataset=rows, data_collator=PaddingCollator(0))
-
-
-class InterruptAfter(TrainerCallback):
-    """What a kill looks like from inside: training stops between two steps and nothing is cleaned up."""
-
-    def __init__(self, num_steps: int):
-        self.num_steps = num_steps
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.num_steps:
-            raise KeyboardInterrupt
-
-
-def optimizer_tensors(checkpoint: Path) -> list[torch.Tensor]:
-    state = torch.load(checkpoint / "optimizer.pt", weights_only=True)["state"]
-    return [tensor for entry in state.values() for tensor in entry.values()]
 
 
 def test_accumulated_micro_batches_have_the_gradient_of_one_batch(target_path, dataset_path, tmp_path):
@@ -121,28 +82,11 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_batch(target_path, d
 
 
 @pytest.mark.parametrize("num_steps", [3, 5, 7])
-def test_an_interrupted_and_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(
-    num_steps, command, tmp_path, monkeypatch
-):
+def test_an_interrupted_and_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(num_steps, command):
     """Interrupted after 3, 5 and 7 of 8 steps, 3 to an epoch: resumed at 2, 4 and 6, within and between epochs."""
-    run(command)
-    resumed = command | {"--output-dir": str(tmp_path / "resumed")}
-    train = Eagle3Trainer.train
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            Eagle3Trainer,
-            "train",
-            lambda self, **kwargs: (self.add_callback(InterruptAfter(num_steps)), train(self, **kwargs)),
-        )
-        with pytest.raises(KeyboardInterrupt):
-            run(resumed)
-    run(resumed, "--resume-from-checkpoint")
-    whole, joined = (tmp_path / name / "checkpoint" for name in ("out", "resumed"))
+    whole, joined = run_whole_and_joined(command, num_steps)
     assert joined.resolve().name == "checkpoint-8"
-    for name, tensor in load_file(whole / "model.safetensors").items():
-        assert torch.equal(tensor, load_file(joined / "model.safetensors")[name]), name
-    for tensor, expected in zip(optimizer_tensors(joined), optimizer_tensors(whole), strict=True):
-        assert torch.equal(tensor, expected)
+    assert_same_bits(whole, joined, "model.safetensors")
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before_it(command, tmp_path, monkeypatch):
@@ -251,6 +195,11 @@ WRONG_REQUESTS = {
     "no ttt step": ({"--num-ttt-steps": "0"}, "`--num-ttt-steps` must be at least 1"),
     "unwritable directory": ({"--output-dir": "/dev/null/out"}, "is not writable"),
     "nothing to resume": ({"--resume-from-checkpoint": "True"}, "is no complete checkpoint"),
+    "a tracker that is not installed": (
+        {"--report-to": "tensorboard"},
+        "`--report-to` tensorboard cannot be used: TensorBoardCallback requires tensorboard to be installed.",
+    ),
+    "a tracker that nobody knows": ({"--report-to": "notebook"}, "notebook is not supported, only"),
     "unknown backend": ({"--attention-backend": "paged"}, "invalid choice: 'paged'"),
 }
 
@@ -258,12 +207,47 @@ WRONG_REQUESTS = {
 @pytest.mark.parametrize("request_name", WRONG_REQUESTS)
 def test_a_wrong_request_is_one_message_and_leaves_nothing(request_name, command, tmp_path, capsys, monkeypatch):
     """Before the target is loaded, and before the output directory exists."""
+    monkeypatch.setattr("transformers.integrations.integration_utils.is_tensorboard_available", lambda: False)
     monkeypatch.setattr(cli, "load_target", lambda *args: pytest.fail("the target was loaded"))
     flags, message = WRONG_REQUESTS[request_name]
     error = error_of(command | flags, capsys)
     assert message in error
-    assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_target_whose_weights_are_cut_is_refused(command, target_path, tmp_path, capsys):
+    cut = tmp_path / "cut"
+    shutil.copytree(target_path, cut)
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    error = error_of(command | {"--model-path": str(cut)}, capsys)
+    assert f"The weights in {cut} are damaged or incomplete (" in error
+
+
+def test_a_target_without_a_decoder_of_its_own_is_refused(command, target_path, tmp_path, capsys):
+    """`get_decoder()` of Llama 4 gives the whole model, whose output has no last hidden state."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "intermediate_size_mlp": 24, "num_hidden_layers": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "num_local_experts": 2}
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": 0}
+    config = Llama4TextConfig(vocab_size=len(tokenizer), **sizes, **heads, **ids)
+    Llama4ForCausalLM(config).save_pretrained(tmp_path / "llama4")
+    tokenizer.save_pretrained(tmp_path / "llama4")
+    flags = command | {"--model-path": str(tmp_path / "llama4")}
+    message = "error: The target Llama4ForCausalLM is not supported in training: "
+    assert message in error_of(flags, capsys)
+    names = ("--model-path", "--dataset", "--output-dir", "--use-cpu")
+    with pytest.raises(SystemExit) as exit_info:
+        feature_preparation.main(command_line({name: flags[name] for name in names}))
+    assert exit_info.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_checkpoint_whose_weights_are_cut_is_not_resumed(command, tmp_path, capsys):
+    run(command | {"--max-steps": "2"})
+    weights = tmp_path / "out" / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert "are damaged or incomplete (" in error_of(command | {"--resume-from-checkpoint": "True"}, capsys)
 
 
 def test_resuming_with_another_draft_or_other_data_is_refused(command, tmp_path, capsys):
@@ -294,7 +278,7 @@ def test_two_processes_train_what_one_trains(command, tmp_path):
             "--per-device-train-batch-size": str(4 // num_processes),
         }
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(num_processes), script]
-        subprocess.run([*launch, *(part for flag in flags.items() for part in flag)], check=True)
+        subprocess.run([*launch, *command_line(flags)], check=True)
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-4)
 
@@ -303,6 +287,5 @@ def test_two_processes_train_what_one_trains(command, tmp_path):
 def test_the_documented_command_runs_from_a_shell(command, tmp_path):
     script = Path(__file__).parents[1] / "scripts" / "train_eagle3.py"
     documented = {"--attention-backend": "flex_attention_mla", "--output-dir": "./outputs/eagle3-mla"}
-    flags = [part for flag in (command | documented).items() for part in flag]
-    subprocess.run([sys.executable, script, *flags], cwd=tmp_path, check=True)
+    subprocess.run([sys.executable, script, *command_line(command | documented)], cwd=tmp_path, check=True)
     assert (tmp_path / "outputs" / "eagle3-mla" / "checkpoint" / "model.safetensors").exists()

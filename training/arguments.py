@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from .losses import LOSSES
 
@@ -354,6 +355,7 @@ class Eagle3TrainingArguments(TrainingArguments):
             self.bf16 = wants_default and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.dataloader_pin_memory &= torch.cuda.is_available()
         super().__post_init__()
+        check_trackers(self.report_to)
         num_started = int(os.environ.get("WORLD_SIZE", "1"))
         if num_started != self.world_size:
             raise ValueError(
@@ -362,3 +364,20 @@ class Eagle3TrainingArguments(TrainingArguments):
             )
         if self.diagnose and self.world_size > 1:
             raise ValueError(f"`--diagnose` runs in one process, got {self.world_size}. Start it without a launcher.")
+
+
+def check_trackers(names: list[str]) -> None:
+    """
+    Makes those that transformers does not list as installed, as the Trainer will: each says itself what it needs.
+
+    Raises:
+        ValueError: If a tracker is unknown, or cannot be made.
+    """
+    installed = get_available_reporting_integrations()
+    for name, callback in zip(names, get_reporting_integration_callbacks(names), strict=True):
+        if name in installed:
+            continue
+        try:
+            callback()
+        except (RuntimeError, ImportError) as error:
+            raise ValueError(f"`--report-to` {name} cannot be used: {error}") from None

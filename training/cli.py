@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from safetensors import safe_open
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoTokenizer,
     HfArgumentParser,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     set_seed,
 )
@@ -33,14 +35,16 @@ from .diagnosis import report_diagnosis
 from .diagnosis_case import Case, trained_length
 from .feature_collator import FeatureCollator
 from .feature_training import choose_teacher, features_of_run, load_stored_target
+from .files import intact_weights
 from .hub import Destination, claim_destination, open_destination, push_result
 from .initialization import initialize_from_target
 from .inspection import print_inspection
-from .optimization import check_same_optimizer
+from .optimization import check_has_matrices, check_same_optimizer
 from .packing import pack_rows
-from .placement import check_placement, claim_devices, load_target, try_packing_together
+from .placement import check_has_decoder, check_placement, claim_devices, load_target, try_packing_together
 from .plots import CurvesCallback
 from .release import RunFacts, all_arguments, code_facts, command_line, device_name, hardware_facts, write_release
+from .stored_target import StoredTarget
 from .trainer import Eagle3Trainer, find_checkpoint
 from .ttt import TTTDraftModel
 from .vocabulary import choose_draft_vocabulary, count_supervised_tokens
@@ -121,33 +125,70 @@ def prepare(data: DataArguments, settings: DraftArguments, args: Eagle3TrainingA
     rows = prepared.rows
     token_counts = count_supervised_tokens(rows, config.vocab_size)
     is_stored = data.features is not None
-    target = load_stored_target(rows, target_config, args.device) if is_stored else load_target(settings, args.device)
-    set_seed(args.seed)
-    if settings.draft_checkpoint is not None:
-        draft = load_trained_draft(settings)
+    if is_stored:
+        target = load_stored_target(rows, target_config, args.device)
     else:
-        draft = TTTDraftModel(config)
-        draft.set_draft_vocabulary(
-            choose_draft_vocabulary(
-                token_counts, config.draft_vocab_size, end_of_turn_ids(tokenizer, target.generation_config)
-            )
+        target = load_target(settings, args.device)
+        check_has_decoder(target)
+    set_seed(args.seed)
+    if fresh:
+        draft_ids = choose_draft_vocabulary(
+            token_counts, config.draft_vocab_size, end_of_turn_ids(tokenizer, target.generation_config)
         )
-        if checkpoint is not None:
-            check_same_vocabulary(draft, checkpoint)
-        initialized = initialize_from_target(draft, target)
-        logger.info("Taken from the target: %s.", ", ".join(initialized) or "nothing")
+        draft = fresh_draft(config, draft_ids, target, checkpoint)
+    else:
+        draft = load_trained_draft(settings)
     teacher = choose_teacher(target, draft, settings.target_forward)
     if settings.shard_target and data.features is None:
         try_packing_together(teacher)
-    model = draft if settings.lora_rank is None else add_adapter(draft, settings)
-    if checkpoint is not None and settings.lora_rank is not None:
-        check_same_adapter(model, Path(checkpoint))
+    model = trained_model(draft, settings, args, checkpoint)
     collator = PaddingCollator(tokenizer.pad_token_id or 0, data.pad_to_multiple_of)
     collator = FeatureCollator(collator) if is_stored else collator
     callbacks = [CurvesCallback()]
     packed = pack_rows(rows, data.max_length, args.seed) if data.packing else rows
     trainer = Eagle3Trainer(model, teacher, args, train_dataset=packed, data_collator=collator, callbacks=callbacks)
     return Run(data, settings, trainer, prepared, int(token_counts.sum()), checkpoint, tokenizer, destination)
+
+
+def fresh_draft(
+    config: Eagle3MLAConfig, draft_ids: Tensor, target: PreTrainedModel | StoredTarget, checkpoint: str | None
+) -> TTTDraftModel:
+    """
+    A draft at its starting point.
+
+    Args:
+        config ([`Eagle3MLAConfig`]): What it looks like.
+        draft_ids (`torch.Tensor`): The tokens that it can predict.
+        target (`PreTrainedModel` or [`StoredTarget`]): What it takes weights from.
+        checkpoint (`str`, *optional*): The one to resume from.
+
+    Raises:
+        ValueError: If the draft in `checkpoint` predicts other tokens.
+    """
+    draft = TTTDraftModel(config)
+    draft.set_draft_vocabulary(draft_ids)
+    if checkpoint is not None:
+        check_same_vocabulary(draft, checkpoint)
+    initialized = initialize_from_target(draft, target)
+    logger.info("Taken from the target: %s.", ", ".join(initialized) or "nothing")
+    return draft
+
+
+def trained_model(
+    draft: TTTDraftModel, settings: DraftArguments, args: Eagle3TrainingArguments, checkpoint: str | None
+) -> PreTrainedModel:
+    """
+    What the Trainer gets: the draft, or the draft in an adapter.
+
+    Raises:
+        ValueError: If the adapter in `checkpoint` is another one, or Muon would have nothing to train.
+    """
+    model = draft if settings.lora_rank is None else add_adapter(draft, settings)
+    if args.muon_learning_rate:
+        check_has_matrices(model, args.muon_learning_rate)
+    if checkpoint is not None and settings.lora_rank is not None:
+        check_same_adapter(model, Path(checkpoint))
+    return model
 
 
 def inspect_data(data: DataArguments, settings: DraftArguments, args: Eagle3TrainingArguments) -> int:
@@ -302,7 +343,8 @@ def check_same_vocabulary(draft: TTTDraftModel, checkpoint: str) -> None:
     Raises:
         ValueError: If it does not.
     """
-    with safe_open(Path(checkpoint) / "model.safetensors", framework="pt") as weights:
+    file = Path(checkpoint) / "model.safetensors"
+    with intact_weights(checkpoint), safe_open(file, framework="pt") as weights:
         saved = weights.get_tensor("d2t")
     if not torch.equal(saved, draft.d2t):
         raise ValueError(

@@ -7,6 +7,7 @@ from transformers import PreTrainedConfig
 
 from ..configuration_eagle3_mla import Eagle3MLAConfig
 from .arguments import DraftArguments
+from .files import intact_weights
 from .ttt import TTTDraftModel
 
 
@@ -47,13 +48,19 @@ def trained_config(settings: DraftArguments) -> Eagle3MLAConfig:
 
 
 def load_trained_draft(settings: DraftArguments) -> TTTDraftModel:
-    """The draft of `--draft-checkpoint` in float32, ready to be trained on."""
+    """
+    The draft of `--draft-checkpoint` in float32, ready to be trained on.
+
+    Raises:
+        ValueError: If its weights cannot be read, or are not finite.
+    """
     source = settings.draft_checkpoint
     if Path(source).is_dir():
         source = str(Path(source).resolve())
-    draft = TTTDraftModel.from_pretrained(
-        source, dtype=torch.float32, attn_implementation=settings.attn_implementation
-    )
+    with intact_weights(source):
+        draft = TTTDraftModel.from_pretrained(
+            source, dtype=torch.float32, attn_implementation=settings.attn_implementation
+        )
     for name, weight in draft.named_parameters():
         if not weight.isfinite().all():
             raise ValueError(f"`{name}` of the draft {source} holds a number that is not finite. Give another draft.")

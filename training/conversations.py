@@ -2,7 +2,9 @@
 
 Messages are `{role, content}` or `{from, value}`, with `tool_calls`, `reasoning_content` and whatever else a template
 may read; tools and arguments may be JSON strings. Arrow gives every dictionary of a column the keys of all of them,
-with nulls where a row had none; these are dropped, since a template would see keys that the row does not have.
+with nulls where a row had none; these are dropped, since a template would see keys that the row does not have. In a
+JSON string nobody added nulls: those of arguments and schemas stay, those of messages and calls mean that the key is
+not there.
 """
 
 import json
@@ -54,6 +56,11 @@ def parse_conversation(row: dict, number: int) -> list[dict[str, Any]]:
     Raises:
         ValueError: If the row holds no conversation, or one without an assistant turn.
     """
+    return _require_answer(parse_dialogue(row, number), number)
+
+
+def parse_dialogue(row: dict, number: int) -> list[dict[str, Any]]:
+    """The messages of a dataset row, answered or not. Raises `ValueError` if it holds none."""
     column = next((name for name in CONVERSATION_COLUMNS if has_value(row, name)), None)
     if column is None:
         raise ValueError(f"Row {number} must have `messages` or `conversations`, got the columns {sorted(row)}.")
@@ -61,7 +68,7 @@ def parse_conversation(row: dict, number: int) -> list[dict[str, Any]]:
     is_system_first = any(message["role"] == "system" for message in messages[:1])
     if isinstance(row.get("system"), str) and row["system"] and not is_system_first:
         messages.insert(0, {"role": "system", "content": row["system"]})
-    return _require_answer(messages, number)
+    return messages
 
 
 def read_conversation(row: dict, number: int) -> Conversation:
@@ -92,7 +99,7 @@ def parse_messages(value: Any, column: str, number: int) -> list[dict[str, Any]]
     Raises:
         ValueError: Names the row, the column, the message and what was found there.
     """
-    messages = _from_json(value, f"Row {number}: `{column}`")
+    messages = _from_json(drop_nulls(value), f"Row {number}: `{column}`")
     if not isinstance(messages, list):
         raise ValueError(f"Row {number}: `{column}` must be a list of messages, got {_describe(messages)}.")
     return [
@@ -109,7 +116,7 @@ def parse_tools(row: dict, number: int) -> list[dict] | None:
         ValueError: If the column holds something else.
     """
     place = f"Row {number}: `tools`"
-    tools = _from_json(row.get("tools"), place)
+    tools = _from_json(drop_nulls(row.get("tools")), place)
     if not tools:
         return None
     if not isinstance(tools, list):
@@ -124,7 +131,7 @@ def has_value(row: dict, column: str) -> bool:
 
 
 def _parse_message(message: Any, place: str) -> dict[str, Any]:
-    message = drop_nulls(_from_json(message, place))
+    message = drop_nulls(_from_json(message, place), but_in="arguments")
     if not isinstance(message, dict):
         raise ValueError(f"{place} must be an object with `role` and `content`, got {_describe(message)}.")
     stated_role = message.pop("role", message.pop("from", None))
@@ -184,7 +191,7 @@ def _parse_tool_calls(tool_calls: Any, place: str) -> list[dict]:
 
 
 def _parse_tool_call(call: Any, place: str) -> dict:
-    call = _from_json(call, place)
+    call = drop_nulls(_from_json(call, place), but_in="arguments")
     if not isinstance(call, dict):
         raise ValueError(f"{place} must be an object, got {_describe(call)}.")
     call = dict(call)
@@ -201,7 +208,7 @@ def _parse_tool_call(call: Any, place: str) -> dict:
 
 
 def _parse_tool(tool: Any, place: str) -> dict:
-    tool = drop_nulls(_from_json(tool, place))
+    tool = _from_json(tool, place)
     if not isinstance(tool, dict):
         raise ValueError(f"{place} must hold JSON schemas, got {_describe(tool)}.")
     # The schema of a function without the envelope that templates expect.
@@ -224,12 +231,14 @@ def _from_json(value: Any, place: str) -> Any:
         raise ValueError(f"{place} is text that is not JSON ({error}): {value[:60]!r}.") from None
 
 
-def drop_nulls(value: Any) -> Any:
-    """The value without the null entries of its dictionaries, however deep."""
+def drop_nulls(value: Any, but_in: str | None = None) -> Any:
+    """The value without the null entries of its dictionaries, however deep; what the key `but_in` holds stays."""
     if isinstance(value, dict):
-        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
+        return {
+            key: item if key == but_in else drop_nulls(item, but_in) for key, item in value.items() if item is not None
+        }
     if isinstance(value, list):
-        return [drop_nulls(item) for item in value]
+        return [drop_nulls(item, but_in) for item in value]
     return value
 
 

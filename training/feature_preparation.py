@@ -46,7 +46,7 @@ from .feature_manifest import (
     write_receipt,
 )
 from .feature_shards import Shard, check_shard, features_num_bytes, file_sha256, plan_shards, write_shard
-from .placement import load_target
+from .placement import check_has_decoder, load_target
 from .release import command_line, device_name, provenance
 from .state_storage import STORAGE_DTYPES
 from .stored_target import save_head
@@ -196,6 +196,7 @@ def prepare(data: DataArguments, settings: FeatureArguments, state: PartialState
         ),
         state.device,
     )
+    check_has_decoder(target)
     check_logits_can_be_chunked(target)
     asked["target_weights_sha256"] = weights_sha256(target)
     check_directory(directory, asked)

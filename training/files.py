@@ -2,7 +2,11 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from safetensors import SafetensorError
 
 READ_BYTES = 2**22
 
@@ -27,3 +31,20 @@ def file_sha256(path: Path) -> str:
         while block := file.read(READ_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+@contextmanager
+def intact_weights(source: str | Path) -> Iterator[None]:
+    """
+    For reading the weights of a model.
+
+    Raises:
+        ValueError: If safetensors cannot read them; names `source`, which its error does not.
+    """
+    try:
+        yield
+    except SafetensorError as error:
+        reason = str(error).removesuffix(".")
+        raise ValueError(
+            f"The weights in {source} are damaged or incomplete ({reason}). Copy or download them again."
+        ) from error

@@ -25,6 +25,20 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     ]
 
 
+def check_has_matrices(model: nn.Module, muon_learning_rate: float) -> None:
+    """
+    Requires that Muon has something to train.
+
+    Raises:
+        ValueError: If no trainable matrix of `model` maps states to states.
+    """
+    if not hidden_matrices(model):
+        raise ValueError(
+            f"`--muon-learning-rate` must be 0 or left out, got {muon_learning_rate}: it trains the matrices that map "
+            "states to states, and what is trained here has none."
+        )
+
+
 def check_same_optimizer(uses_muon: bool, checkpoint: Path) -> None:
     """
     Requires that a run resumes with the optimizer that it began with.

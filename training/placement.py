@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainingArgument
 
 from ..modeling_eagle3_mla import decoder_layers
 from .arguments import DraftArguments
+from .files import intact_weights
 from .target import Teacher, keeps_documents_apart
 
 
@@ -25,16 +26,17 @@ def load_target(settings: DraftArguments, device: torch.device) -> PreTrainedMod
         device (`torch.device`): The draft's. Half precision is slow on a CPU, so float32 is the default there.
 
     Raises:
-        ValueError: If `--target-device-map` meets several processes, `--shard-target` a single one, or the devices
-            are too small for the target.
+        ValueError: If `--target-device-map` meets several processes, `--shard-target` a single one, the weights cannot
+            be read, or the devices are too small for them.
     """
     check_placement(settings)
     dtype = settings.target_dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
-    target = AutoModelForCausalLM.from_pretrained(
-        settings.model_path, dtype=dtype, device_map=settings.target_device_map
-    )
+    with intact_weights(settings.model_path):
+        target = AutoModelForCausalLM.from_pretrained(
+            settings.model_path, dtype=dtype, device_map=settings.target_device_map
+        )
     target.requires_grad_(False).eval()
     if settings.target_device_map is not None:
         check_nothing_is_offloaded(target)
@@ -59,6 +61,20 @@ def check_placement(settings: DraftArguments) -> None:
         raise ValueError(
             "`--shard-target` needs at least 2 processes, got 1. Start them with `torchrun` or `accelerate launch`, "
             "or spread the target over the devices of one process with `--target-device-map auto`."
+        )
+
+
+def check_has_decoder(target: PreTrainedModel) -> None:
+    """
+    Requires that the target's decoder can be run without its output head, since training applies that in parts.
+
+    Raises:
+        NotImplementedError: If transformers does not tell the two apart, as for Llama 4.
+    """
+    if target.get_decoder() is target:
+        raise NotImplementedError(
+            f"The target {type(target).__name__} is not supported in training: training runs its decoder without its "
+            "output head, and transformers gives the whole model for the decoder (`get_decoder()`)."
         )
 
 

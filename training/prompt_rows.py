@@ -11,14 +11,13 @@ from .conversations import (
     CONVERSATION_COLUMNS,
     Conversation,
     has_value,
-    parse_conversation,
+    parse_dialogue,
     parse_messages,
     parse_tools,
 )
 
 # What a row says about its conversation; every other column goes with it into the result.
 DIALOGUE_COLUMNS = {*CONVERSATION_COLUMNS, "prompt", "completion", "system", "tools"}
-UNANSWERED = {"role": "assistant", "content": ""}
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,8 @@ def read_prompts(row: dict, number: int) -> Conversation:
     Raises:
         ValueError: If there is nothing in it that the target could be asked.
     """
-    column = next((name for name in CONVERSATION_COLUMNS if has_value(row, name)), None)
-    if column is not None:
-        # Training refuses a conversation without an answer; here it gets one.
-        messages = [*parse_messages(row[column], column, number), UNANSWERED]
-        return Conversation(parse_conversation({**row, column: messages}, number)[:-1], parse_tools(row, number))
+    if any(has_value(row, column) for column in CONVERSATION_COLUMNS):
+        return Conversation(parse_dialogue(row, number), parse_tools(row, number))
     if not has_value(row, "prompt"):
         raise ValueError(
             f"Row {number} must have `messages`, `conversations` or `prompt`, got the columns {sorted(row)}."

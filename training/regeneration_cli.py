@@ -99,8 +99,14 @@ class RegenerationArguments:
     )
 
     max_new_tokens: int = field(default=1024, metadata={"help": "Longer answers are cut."})
-    drop_cut_answers: bool = field(
-        default=False, metadata={"help": "Leave cut answers out; otherwise their `finish_reason` is `length`."}
+    drop_cut_answers: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Leave cut answers out; otherwise their `finish_reason` is `length`. Default: True for messages, "
+            "whose template puts an end behind them; False for tokens.",
+            "nargs": "?",
+            "const": True,
+        },
     )
     do_sample: bool = field(default=False, metadata={"help": "Sample; the default is greedy."})
     temperature: float | None = field(default=None, metadata={"help": "Default: the target's own, otherwise 1."})
@@ -134,6 +140,8 @@ class RegenerationArguments:
     def __post_init__(self):
         self._check_numbers()
         self._check_whom_to_ask()
+        if self.drop_cut_answers is None:
+            self.drop_cut_answers = self.output_format == "messages"
 
     def _check_numbers(self) -> None:
         for name in ("concurrency", "max_new_tokens", "batch_size", "rows_per_shard", "max_rows"):
@@ -355,6 +363,8 @@ def summary(result: dict, arguments: RegenerationArguments) -> list[str]:
     ]
     lines += [f"{count} conversations left out: {reason}." for reason, count in result["left_out"].items()]
     lines += [f"{count} conversations ended early: {reason}." for reason, count in result["ended_early"].items()]
+    if result["num_cut"] and arguments.output_format == "messages":
+        lines.append("Training learns an end of turn behind each answer that was cut, which the target never said.")
     if result["num_unreproduced"]:
         lines.append(
             f"{result['num_unreproduced']} conversations are not rendered into the tokens that the target saw and "

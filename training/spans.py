@@ -1,7 +1,8 @@
 """Where in a rendered conversation the assistant speaks, for any chat template; exact, or refused.
 
-A template with `{% generation %}` says it itself. For any other it is found by rendering variants of the conversation
-and comparing them as text:
+A template with `{% generation %}` says it itself, and is believed if its blocks hold the answers and nothing that
+changes with what others say. For any other it is found by rendering variants of the conversation and comparing them as
+text:
 
 - An answer begins where its prompt ends: what the template gives for the messages before it with
   `add_generation_prompt=True` must be the beginning of the whole text. Some templates write earlier messages
@@ -56,6 +57,8 @@ class ChatTemplate:
         special_tokens = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
         self.end_tokens = sorted(token for token in end_tokens if token.strip())
         self.special_tokens = sorted({*special_tokens, *self.end_tokens})
+        # Sequences of kinds of messages for which the blocks were found to hold the assistant's text only.
+        self.checked_kinds: set[tuple] = set()
 
     def render(self, messages: list[dict], tools: list[dict] | None, add_generation_prompt: bool = False) -> str:
         """The text of `messages`. Raises [`TemplateRefusedError`] where the template refuses them."""
@@ -127,7 +130,7 @@ def find_marked_answers(rendering: Rendering, answers: list[int]) -> list[Span]:
     What the template's `{% generation %}` blocks hold, of the messages in `answers`.
 
     Blocks inside a macro, or around the wrong part, mark something else or nothing; therefore what they mark must hold
-    the last line of every answer, in order.
+    the last line of every answer, in order, and no text of others.
 
     Raises:
         ValueError: If it does not.
@@ -144,11 +147,35 @@ def find_marked_answers(rendering: Rendering, answers: list[int]) -> list[Span]:
                 f"the template's {{% generation %}} blocks do not hold the answer in message {answer + 1}. "
                 "Put them around the assistant's content and end-of-turn token, outside of macros."
             )
+    check_marks_no_others(rendering)
     spans = merge_touching(spans)
     if answers == _all_answers(rendering.messages):
         return spans
     start = find_start(rendering, answers[0])
     return [(max(first, start), last) for first, last in spans if last > start]  # blocks that touch were merged
+
+
+def check_marks_no_others(rendering: Rendering) -> None:
+    """
+    Requires that what the template's `{% generation %}` blocks hold does not change with what others say.
+
+    What others say is replaced twice, by words that differ in everything; what the assistant says stays, also where it
+    quotes them. This is done once for each sequence of kinds of messages, not for each conversation.
+
+    Raises:
+        ValueError: If it changes, or the template refuses the words.
+    """
+    template, tools = rendering.template, rendering.conversation.tools
+    kinds = (bool(tools), *map(_kind, rendering.messages))
+    if kinds in template.checked_kinds:
+        return
+    first, second = (_marked_texts(rendering, word) for word in ("X", "other words"))
+    if first != second:
+        raise ValueError(
+            "the template's {% generation %} blocks hold more than what the assistant says: their text changes with "
+            "what others say. Put them around the assistant's content and end-of-turn token only."
+        )
+    template.checked_kinds.add(kinds)
 
 
 def find_unmarked_answers(rendering: Rendering, answers: list[int], limit: int) -> list[Span]:
@@ -350,6 +377,24 @@ def merge_touching(spans: list[Span]) -> list[Span]:
         else:
             merged.append((start, end))
     return merged
+
+
+def _kind(message: dict) -> tuple:
+    """What a template may distinguish messages by, besides their text."""
+    return message["role"], bool(message["content"]), *sorted(message.keys() - {"role", "content"})
+
+
+def _marked_texts(rendering: Rendering, word: str) -> list[str]:
+    """What the blocks hold where everybody but the assistant says `word`, with a number: messages stay distinct."""
+    messages = [
+        message | {"content": f"{word} {number}"} if message["role"] != "assistant" and message["content"] else message
+        for number, message in enumerate(rendering.messages)
+    ]
+    try:
+        text, spans = rendering.template.render_marked(messages, rendering.conversation.tools)
+    except TEMPLATE_ERRORS as error:
+        raise ValueError(f"it is not certain what the template's {{% generation %}} blocks hold: {error}") from None
+    return [text[start:end] for start, end in spans]
 
 
 def _find_in_spans(line: str, text: str, spans: list[Span], position: int) -> int:

@@ -253,13 +253,22 @@ def has_supervised_position(loss_mask: list[int]) -> bool:
 
 
 def _read_integers(row: dict, column: str, number: int, length: int | None = None) -> np.ndarray:
+    """The column as int64, or as Python's integers where those of the file are larger or were read as floats."""
     values = row[column]
     if not isinstance(values, list) or any(isinstance(value, list) for value in values):
         raise ValueError(f"Row {number}: `{column}` must be a list of integers, got {values!r:.40}.")
     array = np.asarray(values)
-    if array.dtype.kind not in "iub":
-        wrong = next(value for value in values if not isinstance(value, int))
-        raise ValueError(f"Row {number}: `{column}` must hold integers, got {wrong!r:.40}.")
+    if array.dtype.kind in "ib":
+        array = array.astype(np.int64)
+    else:
+        for value in values:
+            if not _is_whole(value):
+                raise ValueError(f"Row {number}: `{column}` must hold integers, got {value!r:.40}.")
+        array = np.array([int(value) for value in values], dtype=object)
     if length is not None and len(array) != length:
         raise ValueError(f"Row {number}: `{column}` must be as long as `input_ids` ({length}), got {len(array)}.")
-    return array.astype(np.int64)
+    return array
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
