@@ -364,6 +364,13 @@ def test_the_command_writes_its_findings_and_trains_nothing(command, tmp_path, c
     assert "scripts/regenerate_dataset.py" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_the_command_diagnoses_rows_that_training_would_pad(command, tmp_path):
+    """Nothing is read at the padding, so that there is nothing to compare either."""
+    run(command, "--diagnose", "--pad-to-multiple-of", "64")
+    report = json.loads((tmp_path / "out" / diagnosis.DIAGNOSIS_FILE).read_text())
+    assert {finding["check"]: finding["verdict"] for finding in report["findings"]}["feature layers"] == OK
+
+
 def test_the_command_diagnoses_a_trained_head_with_its_own_training_length(command, tmp_path):
     assert run(command | {"--max-steps": "1", "--output-dir": str(tmp_path / "head")}) == 0
     run(command, "--diagnose", "--draft-checkpoint", str(tmp_path / "head"))

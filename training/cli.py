@@ -136,7 +136,7 @@ def prepare(data: DataArguments, settings: DraftArguments, args: Eagle3TrainingA
             check_same_vocabulary(draft, checkpoint)
         initialized = initialize_from_target(draft, target)
         logger.info("Taken from the target: %s.", ", ".join(initialized) or "nothing")
-    teacher = choose_teacher(target, draft, settings.target_forward)
+    teacher = choose_teacher(target, draft, settings, max(rows["length"]))
     if settings.shard_target and data.features is None:
         try_packing_together(teacher)
     model = draft if settings.lora_rank is None else add_adapter(draft, settings)
@@ -183,7 +183,7 @@ def diagnose(run: Run) -> int:
         teacher=trainer.teacher,
         tokenizer=run.tokenizer,
         rows=run.prepared.rows,
-        collator=trainer.data_collator,
+        collator=PaddingCollator(run.tokenizer.pad_token_id or 0),
         args=trainer.args,
         max_length=run.data.max_length,
         end_ids=end_of_turn_ids(run.tokenizer, trainer.teacher.target.generation_config),
