@@ -10,6 +10,8 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     OPTConfig,
@@ -61,6 +63,24 @@ LENGTH_DEPENDENT = {
     "dynamic": lambda: tiny_target(
         max_position_embeddings=FIXED_LENGTH,
         rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    ),
+}
+
+# Targets with a table of positions that ends with the longest document.
+LEARNED_POSITIONS = {
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=40, n_embd=16, n_layer=6, n_head=4, n_positions=FIXED_LENGTH, initializer_range=0.3)
+    ),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            vocab_size=40,
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            init_std=0.3,
+            max_position_embeddings=FIXED_LENGTH,
+        )
     ),
 }
 
@@ -130,6 +150,19 @@ def test_padding_does_not_count_towards_the_length_that_chooses_the_factors(layo
     target = LENGTH_DEPENDENT[family]().eval().double()
     inputs = {"input_ids": torch.randint(1, 40, document_ids.shape), "document_ids": document_ids}
     check_lesson(Teacher(copy.deepcopy(target), tiny_draft()), target, inputs)
+
+
+@pytest.mark.parametrize("family", LEARNED_POSITIONS)
+@pytest.mark.parametrize("layout", ["right-padded", "packed"])
+def test_padding_stands_at_no_position_that_the_target_has_not_learnt(layout, family):
+    """`--pad-to-multiple-of 16` for a target of 10 positions: documents fit, their padding would not."""
+    target = LEARNED_POSITIONS[family]().eval().double()
+    shapes = {"right-padded": [(10,), (4,)], "packed": [(4, 5, 1), (3,), (2, 10)]}
+    rows = [
+        joined([{"input_ids": torch.randint(1, 40, (length,)).tolist(), "loss_mask": [1] * length} for length in row])
+        for row in shapes[layout]
+    ]
+    check_lesson(Teacher(target, tiny_draft()), target, PaddingCollator(0, multiple_of=16)(rows))
 
 
 def unrolled(draft, teacher, rows: list[dict]) -> dict[str, torch.Tensor]:
