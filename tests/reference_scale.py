@@ -1,6 +1,7 @@
 """Packed rows for training, a trainer on them, and the same as a program that several processes can run."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -62,8 +63,8 @@ def packed_trainer(
     return Eagle3Trainer(draft, teacher, args, train_dataset=packed_rows(num_rows), data_collator=PaddingCollator(0))
 
 
-def gradients_of_one_step(trainer: Eagle3Trainer) -> dict[str, Tensor]:
-    """What one step of plain gradient descent at rate 1 takes off each weight."""
+def gradients_of_run(trainer: Eagle3Trainer) -> dict[str, Tensor]:
+    """What plain gradient descent at rate 1 takes off each weight, in one step or several."""
     before = {name: weight.detach().clone() for name, weight in trainer.draft.named_parameters()}
     trainer.train()
     return {name: before[name] - weight.detach() for name, weight in trainer.draft.named_parameters()}
@@ -80,13 +81,16 @@ ONE_PLAIN_STEP = {
 
 
 def main() -> None:
-    """Arguments: a directory, and those of `packed_trainer` as JSON. Leaves loss and gradient of one step there."""
+    """Arguments: a directory, and those of `packed_trainer` as JSON. Leaves losses and the sum of gradients there."""
     directory = Path(sys.argv[1])
     trainer = packed_trainer(directory, **ONE_PLAIN_STEP | json.loads(sys.argv[2]))
-    gradients = gradients_of_one_step(trainer)
+    gradients = gradients_of_run(trainer)
     if trainer.is_world_process_zero():
-        loss = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-        save_file(gradients | {"loss": torch.tensor(loss, dtype=torch.float64)}, directory / "gradients.safetensors")
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        save_file(gradients | {"loss": torch.tensor(losses, dtype=torch.float64)}, directory / "gradients.safetensors")
+    sys.stdout.flush()
+    # At the end of the interpreter torch 2.13 may join a thread of gloo that waits for the interpreter: no such end.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,7 @@ def make_case(target, draft, rows, tokenizer, **fields) -> Case:
     args = Eagle3TrainingArguments(
         output_dir="unused", use_cpu=True, num_ttt_steps=NUM_TTT_STEPS, learning_rate=1e-2, report_to="none"
     )
+    args.set_default_rates(draft.config.hidden_size, is_adapter=False)
     defaults = {"max_length": 64, "end_ids": [tokenizer.eos_token_id], "is_trained": False}
     return Case(draft, target, Teacher(target, draft), tokenizer, rows, PaddingCollator(0), args, **defaults | fields)
 
@@ -192,7 +193,7 @@ FAULTS = {
     "exploding feedback": ("feedback norm", lambda case: with_draft(case, make_draft(case.target, ExplodingFeedback))),
     "vanishing learning rate": (
         "overfitting one batch",
-        lambda case: replace(case, args=replace(case.args, learning_rate=1e-9)),
+        lambda case: replace(case, args=replace(case.args, learning_rate=1e-9, muon_learning_rate=1e-9)),
     ),
 }
 
@@ -233,6 +234,15 @@ def test_overfitting_changes_nothing_in_the_draft(healthy):
     check_overfitting(healthy, num_steps=2)
     assert all(torch.equal(before[name], weight) for name, weight in healthy.draft.state_dict().items())
     assert healthy.draft.fc.weight.grad is None
+
+
+@pytest.mark.parametrize(("of_adamw", "of_muon"), [(1e-2, 1e-9), (1e-9, 3e-2)], ids=["AdamW", "Muon"])
+def test_overfitting_is_by_both_optimizers_of_the_run(of_adamw, of_muon, healthy):
+    """Each alone learns something: Muon moves the matrices, AdamW the head and the norms."""
+    rates = replace(healthy.args, learning_rate=of_adamw, muon_learning_rate=of_muon)
+    before, after = (check_overfitting(replace(healthy, args=rates), num_steps).measured for num_steps in (0, 20))
+    assert (after["learning_rate"], after["muon_learning_rate"]) == (of_adamw, of_muon)
+    assert after["loss"] < 0.8 * before["loss"]
 
 
 def test_a_token_that_the_draft_cannot_say_does_not_count_against_its_learning(healthy):
@@ -351,6 +361,13 @@ def test_the_command_writes_its_findings_and_trains_nothing(command, tmp_path, c
     assert "scripts/regenerate_dataset.py" in capsys.readouterr().out.replace("\n", " ")
 
 
+def test_the_command_diagnoses_rows_that_training_would_pad(command, tmp_path):
+    """Nothing is read at the padding, so that there is nothing to compare either."""
+    run(command, "--diagnose", "--pad-to-multiple-of", "64")
+    report = json.loads((tmp_path / "out" / diagnosis.DIAGNOSIS_FILE).read_text())
+    assert {finding["check"]: finding["verdict"] for finding in report["findings"]}["feature layers"] == OK
+
+
 def test_the_command_diagnoses_a_trained_head_with_its_own_training_length(command, tmp_path):
     assert run(command | {"--max-steps": "1", "--output-dir": str(tmp_path / "head")}) == 0
     run(command, "--diagnose", "--draft-checkpoint", str(tmp_path / "head"))
@@ -358,6 +375,14 @@ def test_the_command_diagnoses_a_trained_head_with_its_own_training_length(comma
     measured = {finding["check"]: finding["measured"] for finding in report["findings"]}
     assert measured["length"]["trained_length"] == measured["length"]["longest_row"]
     assert set(measured["feature layers"]["shifts"]) == {"-1", "0", "+1"}
+
+
+def test_the_command_diagnoses_an_adapter_by_the_one_optimizer_that_trains_it(command, tmp_path):
+    assert run(command | {"--max-steps": "1", "--output-dir": str(tmp_path / "head")}) == 0
+    run(command, "--diagnose", "--draft-checkpoint", str(tmp_path / "head"), "--lora-rank", "2")
+    report = json.loads((tmp_path / "out" / diagnosis.DIAGNOSIS_FILE).read_text())
+    measured = {finding["check"]: finding["measured"] for finding in report["findings"]}
+    assert measured["overfitting one batch"]["muon_learning_rate"] is None
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from accelerate.utils import DeepSpeedPlugin
-from reference_scale import ONE_PLAIN_STEP, gradients_of_one_step, packed_trainer
+from reference_scale import ONE_PLAIN_STEP, gradients_of_run, packed_rows, packed_trainer
 from reference_ttt import CONVERSATIONS, save_tiny_target, tiny_target, write_conversations
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, TrainerCallback
@@ -113,16 +113,43 @@ def assert_same_bits(checkpoint: Path, expected: Path) -> None:
 @pytest.mark.parametrize("batch_size", [1, 2, 4], ids=lambda size: f"{size}x{8 // size}")
 def test_accumulated_packed_rows_have_the_gradient_of_one_batch(batch_size, tmp_path):
     """Documents that share a row with others count once, whatever micro-batch their row is in."""
-    whole = gradients_of_one_step(packed_trainer(tmp_path, per_device_train_batch_size=8, **ONE_PLAIN_STEP))
+    whole = gradients_of_run(packed_trainer(tmp_path, per_device_train_batch_size=8, **ONE_PLAIN_STEP))
     pieces = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 8 // batch_size}
-    accumulated = gradients_of_one_step(packed_trainer(tmp_path, **ONE_PLAIN_STEP | pieces))
+    accumulated = gradients_of_run(packed_trainer(tmp_path, **ONE_PLAIN_STEP | pieces))
     torch.testing.assert_close(accumulated, whole, atol=1e-10, rtol=1e-7)
     assert all(gradient.abs().max() > 0 for gradient in whole.values())
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4], ids=lambda size: f"{size}x{8 // size}")
+def test_accumulated_rows_of_an_incomplete_last_batch_have_the_gradient_of_one_batch(batch_size, tmp_path):
+    """11 rows are a batch of 8 and one of 3, which leaves whole micro-batches empty."""
+    epoch = ONE_PLAIN_STEP | {"num_rows": 11, "max_steps": 2}
+    whole = gradients_of_run(packed_trainer(tmp_path, per_device_train_batch_size=8, **epoch))
+    pieces = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": 8 // batch_size}
+    accumulated = gradients_of_run(packed_trainer(tmp_path, **epoch | pieces))
+    torch.testing.assert_close(accumulated, whole, atol=1e-10, rtol=1e-7)
+
+
+@pytest.mark.parametrize("drop_last", [False, True], ids=["filled", "dropped"])
+def test_every_row_is_learnt_from_once_in_an_epoch(drop_last, tmp_path):
+    """The last batch is filled with rows that supervise nothing, or dropped as a whole."""
+    sizes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "num_train_epochs": 3.0}
+    trainer = packed_trainer(tmp_path, num_rows=11, dataloader_drop_last=drop_last, **sizes)
+    batches = list(trainer.get_train_dataloader())
+    supervised = [int(batch["loss_mask"].sum()) for batch in batches]
+    rows = [sum(row["loss_mask"]) for row in packed_rows(11)]
+    assert len(batches) == (4 if drop_last else 6)
+    assert all(len(batch["input_ids"]) == 2 for batch in batches)
+    assert sum(supervised) == sum(rows) or drop_last
+    trainer.train()
+    assert trainer.state.global_step == (6 if drop_last else 9)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("num_rows", [8, 11, 13], ids="{} rows".format)
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_two_processes_have_loss_and_gradient_of_one_on_packed_rows(accumulation, tmp_path):
+def test_two_processes_have_losses_and_gradient_of_one_on_packed_rows(accumulation, num_rows, tmp_path):
+    """11 and 13 rows end with an incomplete batch, of which one process has less than the other, or nothing."""
     results = []
     for num_processes in (1, 2):
         directory = tmp_path / str(num_processes)
@@ -130,6 +157,8 @@ def test_two_processes_have_loss_and_gradient_of_one_on_packed_rows(accumulation
         arguments = {
             "per_device_train_batch_size": 8 // num_processes // accumulation,
             "gradient_accumulation_steps": accumulation,
+            "num_rows": num_rows,
+            "max_steps": -(-num_rows // 8),
         }
         worker = str(ROOT / "tests" / "reference_scale.py")
         launch(*LAUNCH, "--nproc-per-node", str(num_processes), worker, str(directory), json.dumps(arguments))
@@ -143,7 +172,7 @@ def test_two_processes_have_loss_and_gradient_of_one_on_packed_rows(accumulation
 def test_muon_steps_matrices_along_the_orthogonal_factor_of_their_gradients(tmp_path):
     """The first step of `U S V'` is `-lr * 0.2 * sqrt(longer side) * U V'`. Five Newton-Schulz steps leave singular
     values between 0.5 and 1.5 or so: directions are compared closely, sizes are not."""
-    gradients = gradients_of_one_step(packed_trainer(tmp_path, **ONE_PLAIN_STEP))
+    gradients = gradients_of_run(packed_trainer(tmp_path, **ONE_PLAIN_STEP))
     muon = packed_trainer(tmp_path, **ONE_PLAIN_STEP, muon_learning_rate=1e-3)
     before = {name: weight.detach().clone() for name, weight in muon.draft.named_parameters()}
     muon.train()
@@ -441,9 +470,13 @@ def free_port() -> str:
 
 @pytest.mark.slow
 def test_machines_without_shared_storage_save_and_resume_on_their_own_disks(command, tmp_path):
-    """Two launches on one machine, each in its own directory, are two machines with local disks."""
+    """Two launches on one machine, each in its own directory, are two machines with local disks.
+
+    Five rows are two steps, the second one incomplete: they resume between the two.
+    """
     flags = command | {"--output-dir": "out", "--per-device-train-batch-size": "2", "--save-total-limit": "5"}
-    flags |= {"--save-on-each-node": "True"}
+    flags |= {"--save-on-each-node": "True", "--save-steps": "1"}
+    flags["--dataset"] = str(write_conversations(tmp_path / "five.jsonl", CONVERSATIONS))
 
     def train_on_both(*more: str) -> None:
         port = free_port()
@@ -462,7 +495,7 @@ def test_machines_without_shared_storage_save_and_resume_on_their_own_disks(comm
         assert (output / "checkpoint").resolve().name == "checkpoint-4"
         assert not (output / ".incomplete-checkpoint").exists()
         (output / "checkpoint").unlink()
-        (output / "checkpoint").symlink_to("checkpoint-2")
+        (output / "checkpoint").symlink_to("checkpoint-3")
     assert all(torch.equal(tensor, whole[1][name]) for name, tensor in whole[0].items())
     train_on_both("--resume-from-checkpoint")
     for output, expected in zip(outputs, whole, strict=True):

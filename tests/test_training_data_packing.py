@@ -162,5 +162,6 @@ def test_the_order_of_packed_rows_is_a_function_of_seed_and_epoch():
             sampler.set_epoch(epoch)
         orders[seed, epoch], again = (list(sampler) for sampler in samplers)
         assert orders[seed, epoch] == again
-        assert sorted(again) == list(range(len(lengths)))
+        assert sorted(again) == list(range(len(again)))
+        assert len(again) - len(lengths) in (0, 1)
     assert len({tuple(order) for order in orders.values()}) == 3

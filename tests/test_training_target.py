@@ -1,5 +1,7 @@
 """The frozen target as a teacher, and what the draft takes over from it."""
 
+import copy
+
 import pytest
 import torch
 from reference_ttt import TARGET_SIZES, tiny_config, tiny_draft, tiny_target
@@ -8,12 +10,20 @@ from transformers import (
     CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     GraniteConfig,
     GraniteForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
+from eagle3_mla.training.arguments import DraftArguments
+from eagle3_mla.training.batching import PaddingCollator
+from eagle3_mla.training.documents import count_supervised_rows
+from eagle3_mla.training.feature_training import choose_teacher
 from eagle3_mla.training.initialization import initialize_from_target, is_plain_rms_norm
 from eagle3_mla.training.target import Teacher, check_logits_can_be_chunked, keeps_documents_apart
 from eagle3_mla.training.ttt import TTTDraftModel
@@ -28,6 +38,42 @@ FAMILIES = {
     ),
 }
 
+
+# Targets whose RoPE has other factors for texts of more than so many tokens.
+FIXED_LENGTH = 10
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [4.0, 9.0], "rope_theta": 1e4}
+LENGTH_DEPENDENT = {
+    "longrope": lambda: Phi3ForCausalLM(
+        Phi3Config(
+            **SIZES,
+            rope_parameters=LONGROPE,
+            original_max_position_embeddings=FIXED_LENGTH,
+            max_position_embeddings=80,
+        )
+    ),
+    "dynamic": lambda: tiny_target(
+        max_position_embeddings=FIXED_LENGTH,
+        rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+    ),
+}
+
+# Targets with a table of positions that ends with the longest document.
+LEARNED_POSITIONS = {
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=40, n_embd=16, n_layer=6, n_head=4, n_positions=FIXED_LENGTH, initializer_range=0.3)
+    ),
+    "opt": lambda: OPTForCausalLM(
+        OPTConfig(
+            vocab_size=40,
+            hidden_size=16,
+            ffn_dim=24,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            init_std=0.3,
+            max_position_embeddings=FIXED_LENGTH,
+        )
+    ),
+}
 
 LAYOUTS = {
     "right-padded": [[1] * 11, [1] * 7 + [0] * 4],
@@ -54,7 +100,8 @@ def check_lesson(teacher: Teacher, target, batch: dict[str, torch.Tensor]) -> No
     """Every document is read as if it were alone."""
     lesson, layer_ids = teacher.lesson(batch), teacher.draft.config.eagle_aux_hidden_state_layer_ids
     for row, columns in documents(batch):
-        expected = target(input_ids=batch["input_ids"][row, columns][None], output_hidden_states=True)
+        alone = copy.deepcopy(target)  # a target may remember what it read
+        expected = alone(input_ids=batch["input_ids"][row, columns][None], output_hidden_states=True)
         states = torch.cat([expected.hidden_states[i] for i in layer_ids], dim=-1)[0]
         torch.testing.assert_close(lesson.aux_hidden_states[row, columns], states, atol=1e-10, rtol=1e-10)
         logits = teacher.logits(lesson.last_hidden_states[row, columns])
@@ -83,6 +130,87 @@ def test_a_target_is_tried_before_documents_are_packed_for_it(monkeypatch):
         type(target.model), "forward", lambda self, position_ids=None, **kwargs: forward(self, **kwargs)
     )
     assert not keeps_documents_apart(target)
+
+
+@pytest.mark.parametrize("family", LENGTH_DEPENDENT)
+@pytest.mark.parametrize("layout", ["right-padded", "packed"])
+def test_padding_does_not_count_towards_the_length_that_chooses_the_factors(layout, family):
+    """A target has other factors for longer texts: read with those, a short one would teach something else."""
+    layouts = {"right-padded": [[1] * 9 + [0] * 11, [1] * 4 + [0] * 16], "packed": [[1] * 4 + [2] * 5 + [0] * 12]}
+    document_ids = torch.tensor(layouts[layout])
+    target = LENGTH_DEPENDENT[family]().eval().double()
+    inputs = {"input_ids": torch.randint(1, 40, document_ids.shape), "document_ids": document_ids}
+    check_lesson(Teacher(copy.deepcopy(target), tiny_draft()), target, inputs)
+
+
+@pytest.mark.parametrize("family", LEARNED_POSITIONS)
+@pytest.mark.parametrize("layout", ["right-padded", "packed"])
+def test_padding_stands_at_no_position_that_the_target_has_not_learnt(layout, family):
+    """`--pad-to-multiple-of 16` for a target of 10 positions: documents fit, their padding would not."""
+    target = LEARNED_POSITIONS[family]().eval().double()
+    shapes = {"right-padded": [(10,), (4,)], "packed": [(4, 5, 1), (3,), (2, 10)]}
+    rows = [
+        joined([{"input_ids": torch.randint(1, 40, (length,)).tolist(), "loss_mask": [1] * length} for length in row])
+        for row in shapes[layout]
+    ]
+    check_lesson(Teacher(target, tiny_draft()), target, PaddingCollator(0, multiple_of=16)(rows))
+
+
+def unrolled(draft, teacher, rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Loss and gradients of `rows` in one batch, as the trainer computes them."""
+    batch = PaddingCollator(0, multiple_of=8)(rows)
+    num_supervised = count_supervised_rows(batch["loss_mask"], batch["document_ids"], 3)
+    lesson = teacher.lesson(batch)
+    draft.zero_grad()
+    output = draft(
+        **batch,
+        inputs_embeds=teacher.embed(batch["input_ids"]),
+        aux_hidden_states=lesson.aux_hidden_states,
+        last_hidden_states=lesson.last_hidden_states,
+        target_logits=teacher.logits,
+        step_weights=1 / num_supervised.double(),
+    )
+    output.loss.backward()
+    return {name: weight.grad.clone() for name, weight in draft.named_parameters()} | {"loss": output.loss.detach()}
+
+
+def joined(rows: list[dict]) -> dict:
+    """Documents as one packed row."""
+    document_ids = [index for index, row in enumerate(rows, start=1) for _ in row["input_ids"]]
+    parts = {name: [value for row in rows for value in row[name]] for name in ("input_ids", "loss_mask")}
+    return parts | {"document_ids": document_ids}
+
+
+@pytest.mark.parametrize("lengths", [(9, 6, 5, 10), (14, 6, 20, 10, 12)], ids=str)
+@pytest.mark.parametrize("family", [*LENGTH_DEPENDENT, "plain"])
+def test_packed_rows_have_loss_and_gradient_of_padded_ones_whatever_the_factors_depend_on(family, lengths):
+    target = (LENGTH_DEPENDENT | {"plain": tiny_target})[family]().eval().double()
+    draft = tiny_draft(attention_type="gqa")
+    settings = DraftArguments(model_path="target")
+    teacher = choose_teacher(target, draft, settings, max(lengths))
+    rows = [
+        {"input_ids": torch.randint(1, 40, (length,)).tolist(), "loss_mask": [0, 0] + [1] * (length - 2)}
+        for length in lengths
+    ]
+    padded = unrolled(draft, teacher, rows)
+    assert padded["loss"] > 0
+    for packs in ([rows[:2], rows[2:]], [rows[::-1]], [rows[:1], rows[1:3], rows[3:]]):
+        packed = unrolled(draft, teacher, [joined(pack) for pack in packs])
+        torch.testing.assert_close(packed, padded, atol=1e-10, rtol=1e-8)
+
+
+@pytest.mark.parametrize("family", LENGTH_DEPENDENT)
+def test_documents_longer_than_the_fixed_factors_reach_are_read_alone(family, caplog):
+    target = LENGTH_DEPENDENT[family]().eval().double()
+    fresh, settings = copy.deepcopy(target), DraftArguments(model_path="target")
+    assert type(choose_teacher(target, tiny_draft(), settings, FIXED_LENGTH)) is Teacher
+    teacher = choose_teacher(target, tiny_draft(), settings, 16)
+    assert "more than 10 tokens" in caplog.text
+    document_ids = torch.tensor([[1] * 16 + [0] * 4, [1] * 11 + [2] * 9, [1] * 3 + [0] * 17])
+    inputs = {"input_ids": torch.randint(1, 40, document_ids.shape), "document_ids": document_ids}
+    check_lesson(teacher, fresh, inputs)
+    with pytest.raises(ValueError, match="`--shard-target` needs documents of at most 10 tokens"):
+        choose_teacher(target, tiny_draft(), DraftArguments(model_path="target", shard_target=True), 16)
 
 
 def test_no_gradient_flows_into_the_target():

@@ -170,7 +170,8 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone():
     lengths = torch.randint(3, 100, (103,), generator=torch.Generator().manual_seed(0)).tolist()
     sampler, other = (LengthGroupedSampler(lengths, batch_size=4, seed=3) for _ in range(2))
     first = list(sampler)
-    assert sorted(first) == list(range(103))
+    assert sorted(first) == list(range(104))
+    assert first[-1] == 103  # behind the last row
     sampler.set_epoch(1)
     other.set_epoch(1)
     assert list(sampler) == list(other) != first
@@ -268,10 +269,12 @@ def test_mixed_precision_trains_and_saves_float32_weights(command, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_trains(command, tmp_path):
-    """The same global batch: the gradient average over processes must not divide the loss a second time."""
+    """The same global batch: the gradient average over processes must not divide the loss a second time.
+
+    Without Muon, which rounds gradients to bfloat16: where their last bits differ, that is seen in the weights.
+    """
     script = Path(__file__).parents[1] / "scripts" / "train_eagle3.py"
-    dataset = write_conversations(tmp_path / "four.jsonl", CONVERSATIONS[:4])
-    command |= {"--dataset": str(dataset), "--max-steps": "3", "--save-strategy": "no"}
+    command |= {"--max-steps": "3", "--save-strategy": "no", "--muon-learning-rate": "0"}
     for num_processes, name in ((1, "one"), (2, "two")):
         flags = command | {
             "--output-dir": str(tmp_path / name),

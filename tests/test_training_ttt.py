@@ -136,8 +136,8 @@ def test_positions_restart_at_every_document():
     assert document_positions(document_ids).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5]]
 
 
-def test_lengths_of_documents_and_padding_add_up_to_the_batch():
-    assert document_lengths(torch.tensor([[0, 0, 7, 7, 7, 2], [2, 2, 2, 1, 1, 1]])).tolist() == [2, 3, 1, 3, 3]
+def test_lengths_are_those_of_the_documents_in_all_rows():
+    assert document_lengths(torch.tensor([[0, 0, 7, 7, 7, 2], [2, 2, 2, 1, 0, 0]])).tolist() == [3, 1, 3, 1]
 
 
 def test_shift_left_fills_with_zeros_also_beyond_the_length():

@@ -138,7 +138,7 @@ def prepare(data: DataArguments, settings: DraftArguments, args: Eagle3TrainingA
         draft = fresh_draft(config, draft_ids, target, checkpoint)
     else:
         draft = load_trained_draft(settings)
-    teacher = choose_teacher(target, draft, settings.target_forward)
+    teacher = choose_teacher(target, draft, settings, max(rows["length"]))
     if settings.shard_target and data.features is None:
         try_packing_together(teacher)
     model = trained_model(draft, settings, args, checkpoint)
@@ -224,7 +224,7 @@ def diagnose(run: Run) -> int:
         teacher=trainer.teacher,
         tokenizer=run.tokenizer,
         rows=run.prepared.rows,
-        collator=trainer.data_collator,
+        collator=PaddingCollator(run.tokenizer.pad_token_id or 0),
         args=trainer.args,
         max_length=run.data.max_length,
         end_ids=end_of_turn_ids(run.tokenizer, trainer.teacher.target.generation_config),

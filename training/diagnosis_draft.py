@@ -12,9 +12,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ..modeling_eagle3_mla import Eagle3MLADraftModel
+from .arguments import Eagle3TrainingArguments
 from .diagnosis_case import FAILED, OK, WARNING, Case, Finding, StudiedRow, choose_evenly, grade
 from .documents import supervised_rows
 from .losses import acceptance_metrics
+from .optimization import MuonBeside, hidden_matrices
 from .ttt import TTTDraftModel
 
 OVERFITTING = "overfitting one batch"
@@ -54,8 +56,9 @@ def check_overfitting(case: Case, num_steps: int = OVERFIT_STEPS) -> Finding:
             OVERFITTING, WARNING, "The draft knows none of the target's tokens.", "Widen its vocabulary.", {}
         )
     draft = copy.deepcopy(case.draft).float().train().requires_grad_(True)
-    learning_rate = case.args.learning_rate or 1 / draft.config.hidden_size
-    optimizer = torch.optim.AdamW(draft.parameters(), lr=learning_rate, weight_decay=0.0)
+    optimizer = overfitting_optimizer(draft, case.args)
+    # Steps of Muon are as large as its rate, however small the gradient has become: they have to shrink.
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.0, total_iters=num_steps)
     while True:
         output = case.unroll(draft, batch, batch.lesson.aux_hidden_states.float(), case.args.num_ttt_steps)
         accuracies = [hits / count for hits, count in zip(output.hits.tolist(), reachable, strict=True) if count > 0]
@@ -65,11 +68,13 @@ def check_overfitting(case: Case, num_steps: int = OVERFIT_STEPS) -> Finding:
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(draft.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         steps_made += 1
     metrics = acceptance_metrics(output.hits, output.prefix_hits, output.num_supervised)
     measured = {
         "num_steps": steps_made,
-        "learning_rate": learning_rate,
+        "learning_rate": case.args.learning_rate,
+        "muon_learning_rate": case.args.muon_learning_rate,
         "loss": output.loss.item(),
         "accuracy_of_reachable_tokens": accuracies,
         "simulated_acceptance_length": metrics["simulated_acceptance_length"],
@@ -153,6 +158,14 @@ def judge_feedback(by_step: list[float], norm_output: bool) -> tuple[str, str]:
         else "Train with `--norm-output` (feeds back what comes after the final norm), or a lower `--learning-rate`."
     )
     return (WARNING if extreme <= EXTREME_RATIO else FAILED), remedy
+
+
+def overfitting_optimizer(draft: TTTDraftModel, args: Eagle3TrainingArguments) -> torch.optim.Optimizer:
+    """AdamW at the run's rate, with Muon beside it where the run has that; without weight decay."""
+    adamw = torch.optim.AdamW(draft.parameters(), lr=args.learning_rate, weight_decay=0.0)
+    if not args.muon_learning_rate:
+        return adamw
+    return MuonBeside(adamw, hidden_matrices(draft), args.muon_learning_rate, weight_decay=0.0)
 
 
 def count_reachable(case: Case, batch: StudiedRow) -> list[int]:

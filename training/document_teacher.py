@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..modeling_eagle3_mla import AuxHiddenStates
-from .documents import document_lengths
+from .documents import document_lengths, place
 from .target import Lesson, Teacher, read
 
 
@@ -37,21 +37,11 @@ class DocumentTeacher(Teacher):
         Returns:
             [`Lesson`], zeros at the padding.
         """
-        input_ids, document_ids = batch["input_ids"].flatten(), batch["document_ids"].flatten()
+        input_ids, is_document = batch["input_ids"], batch["document_ids"] > 0
         captured = self.draft.capture_aux_hidden_states(self.target)
-        lengths = document_lengths(batch["document_ids"]).tolist()
-        pieces = zip(input_ids.split(lengths), document_ids.split(lengths), strict=True)
-        lessons = [read_document(self.target, captured, tokens) for tokens, ids in pieces if ids[0] > 0]
-        is_document = batch["document_ids"] > 0
+        documents = input_ids[is_document].split(document_lengths(batch["document_ids"]).tolist())
+        lessons = [read_document(self.target, captured, document) for document in documents]
         return Lesson(
-            place([lesson.aux_hidden_states for lesson in lessons], is_document),
-            place([lesson.last_hidden_states for lesson in lessons], is_document),
+            place(torch.cat([lesson.aux_hidden_states[0] for lesson in lessons]), is_document),
+            place(torch.cat([lesson.last_hidden_states[0] for lesson in lessons]), is_document),
         )
-
-
-def place(states: list[Tensor], is_document: Tensor) -> Tensor:
-    """States `(1, T, W)` of the documents where `is_document (B, T)`, one behind the other, zeros elsewhere."""
-    joined = torch.cat(states, dim=1)[0]
-    placed = joined.new_zeros(*is_document.shape, joined.shape[-1])  # (B, T, W)
-    placed[is_document.to(joined.device)] = joined
-    return placed

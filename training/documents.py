@@ -23,9 +23,17 @@ def document_positions(document_ids: Tensor) -> Tensor:
 
 
 def document_lengths(document_ids: Tensor) -> Tensor:
-    """Lengths of all documents and stretches of padding in the order of the flattened batch; their sum is `B * T`."""
+    """Lengths of all documents in the order of the flattened batch; padding is none."""
     starts = document_starts(document_ids).flatten().nonzero().squeeze(1)
-    return torch.cat([starts, starts.new_tensor([document_ids.numel()])]).diff()
+    lengths = torch.cat([starts, starts.new_tensor([document_ids.numel()])]).diff()
+    return lengths[document_ids.flatten()[starts] > 0]
+
+
+def place(states: Tensor, is_document: Tensor) -> Tensor:
+    """States of all documents one behind the other `(N, W)`, at their places: `(B, T, W)`, zeros at the padding."""
+    placed = states.new_zeros(*is_document.shape, states.shape[-1])
+    placed[is_document.to(states.device)] = states
+    return placed
 
 
 def supervised_rows(loss_mask: Tensor, document_ids: Tensor, ttt_step: int) -> Tensor:

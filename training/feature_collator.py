@@ -5,9 +5,10 @@ Shapes: B batch, T tokens, Dt the target's hidden.
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from .document_teacher import place
+from .documents import place
 from .feature_shards import STATES
 
 
@@ -27,4 +28,4 @@ class FeatureCollator:
         """The collator's batch with `aux_hidden_states (B, T, 3 * Dt)` and `last_hidden_states (B, T, Dt)`."""
         batch = self.collator([{name: value for name, value in row.items() if name not in STATES} for row in rows])
         is_document = batch["document_ids"] > 0
-        return batch | {name: place([row[name][None] for row in rows], is_document) for name in STATES}
+        return batch | {name: place(torch.cat([row[name] for row in rows]), is_document) for name in STATES}

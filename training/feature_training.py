@@ -1,5 +1,6 @@
 """A run that learns from stored features: what must fit together, and which teacher a run has."""
 
+import logging
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,8 +13,11 @@ from .arguments import DataArguments, DraftArguments, Eagle3TrainingArguments
 from .document_teacher import DocumentTeacher
 from .feature_manifest import HEAD_NAME, SETTLED_BY_PREPARATION, Manifest, check_same_target
 from .features import FeatureDataset, open_features
+from .rope_lengths import length_of_fixed_rope
 from .stored_target import StoredTarget, StoredTeacher
 from .target import Teacher
+
+logger = logging.getLogger(__name__)
 
 
 def features_of_run(
@@ -81,9 +85,37 @@ def load_stored_target(
 
 
 def choose_teacher(
-    target: PreTrainedModel | StoredTarget, draft: Eagle3MLADraftModel, target_forward: str
+    target: PreTrainedModel | StoredTarget, draft: Eagle3MLADraftModel, settings: DraftArguments, longest: int
 ) -> Teacher | StoredTeacher:
-    """The teacher for a target that is there, or for what was stored of it."""
+    """
+    The teacher for a target that is there, or for what was stored of it.
+
+    Args:
+        target (`PreTrainedModel` or [`StoredTarget`]): Who teaches.
+        draft (`Eagle3MLADraftModel`): Who is taught.
+        settings ([`DraftArguments`]): How the target reads, unless that would let texts depend on their neighbours.
+        longest (`int`): Tokens of the longest document.
+
+    Raises:
+        ValueError: If a sharded target would have to read documents one by one.
+    """
     if isinstance(target, StoredTarget):
         return StoredTeacher(target, draft)
-    return DocumentTeacher(target, draft) if target_forward == "document" else Teacher(target, draft)
+    if settings.target_forward == "document":
+        return DocumentTeacher(target, draft)
+    fixed_length = length_of_fixed_rope(target.config)
+    if fixed_length is None or longest <= fixed_length:
+        return Teacher(target, draft)
+    if settings.shard_target:
+        raise ValueError(
+            f"`--shard-target` needs documents of at most {fixed_length} tokens, got {longest}: longer ones are read "
+            f"one by one, as the RoPE of {type(target).__name__} depends on their length. Lower `--max-length`."
+        )
+    logger.warning(
+        "The RoPE of %s depends on the length of texts of more than %d tokens, and the longest document has %d: it "
+        "reads documents one by one.",
+        type(target).__name__,
+        fixed_length,
+        longest,
+    )
+    return DocumentTeacher(target, draft)

@@ -4,7 +4,8 @@ One forward gives the three auxiliary states and the last one. Distributions com
 output embeddings, as many rows at a time as the loss asks for: `(T, V)` logits of a whole batch never exist at once.
 
 A row of the batch may hold several documents. The target reads them side by side, with positions that restart, where
-it keeps them apart (tried once, on random tokens), and one by one as a padded batch where it does not.
+it keeps them apart (tried once, on random tokens), and one by one as a padded batch where it does not. Padding stands
+at no position that no document reaches: RoPE may depend on the greatest one, and a table of positions ends.
 
 Shapes: B batch, T tokens, D and Dt hidden sizes of draft and target, M rows of states, V vocabulary of the target.
 """
@@ -13,12 +14,14 @@ import logging
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..modeling_eagle3_mla import AuxHiddenStates, Eagle3MLADraftModel
 from .attention import is_plain_causal
-from .documents import document_lengths, document_positions
+from .documents import document_lengths, document_positions, place
+from .rope_lengths import forget_lengths
 
 logger = logging.getLogger(__name__)
 
@@ -81,13 +84,15 @@ class Teacher:
         captured = self.draft.capture_aux_hidden_states(self.target)
         if is_plain_causal(document_ids):
             # Behind a document without padding in front, causality hides the padding.
-            return read(self.target, captured, input_ids)
+            longest = int((document_ids > 0).sum(dim=1).max())
+            return extend(read(self.target, captured, input_ids[:, :longest]), input_ids.shape[1])
         if self.keeps_documents_apart is None:
             self.keeps_documents_apart = keeps_documents_apart(self.target)
             if not self.keeps_documents_apart:
                 logger.warning("%s mixes packed documents: it reads them one by one.", type(self.target).__name__)
         if self.keeps_documents_apart:
-            return read(self.target, captured, input_ids, document_positions(document_ids))
+            position_ids = document_positions(document_ids).where(document_ids > 0, 0)
+            return read(self.target, captured, input_ids, position_ids)
         return read_one_by_one(self.target, captured, input_ids, document_ids)
 
 
@@ -100,25 +105,30 @@ def read(
     return Lesson(captured.take(), last_hidden_states)
 
 
+def extend(lesson: Lesson, num_columns: int) -> Lesson:
+    """The lesson with zeros on its right, `num_columns` tokens long."""
+    missing = num_columns - lesson.last_hidden_states.shape[1]
+    if missing == 0:
+        return lesson
+    return Lesson(*(F.pad(states, (0, 0, 0, missing)) for states in vars(lesson).values()))
+
+
 def read_one_by_one(
     target: PreTrainedModel, captured: AuxHiddenStates, input_ids: Tensor, document_ids: Tensor
 ) -> Lesson:
     """Every document as a row of a right-padded batch, the states put back where the document lies."""
-    lengths = document_lengths(document_ids)  # (number of documents,)
+    lengths, is_document = document_lengths(document_ids), document_ids > 0
     inside = torch.arange(int(lengths.max()), device=input_ids.device) < lengths[:, None]
-    documents = torch.zeros_like(inside, dtype=input_ids.dtype)
-    documents[inside] = input_ids.flatten()
+    documents = torch.zeros_like(inside, dtype=input_ids.dtype)  # (number of documents, longest)
+    documents[inside] = input_ids[is_document]
     lesson = read(target, captured, documents)
-    rows, columns = input_ids.shape
-    aux, last = lesson.aux_hidden_states, lesson.last_hidden_states
-    return Lesson(
-        aux[inside.to(aux.device)].view(rows, columns, -1), last[inside.to(last.device)].view(rows, columns, -1)
-    )
+    return Lesson(*(place(states[inside.to(states.device)], is_document) for states in vars(lesson).values()))
 
 
 def run_decoder(target: PreTrainedModel, input_ids: Tensor, **kwargs: Tensor | None) -> Tensor:
     """Last hidden state of the target, after its final norm, `(B, T, Dt)`."""
     decoder = target.get_decoder()
+    forget_lengths(decoder)
     input_ids = input_ids.to(target.get_input_embeddings().weight.device)
     kwargs = {name: value.to(input_ids.device) for name, value in kwargs.items() if value is not None}
     return decoder(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state

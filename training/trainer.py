@@ -8,6 +8,7 @@ is normalised; metrics per step; and checkpoints that are complete under their n
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from .adapters import base_draft
 from .arguments import Eagle3TrainingArguments
 from .averaging import WeightAveraging
-from .batching import LengthGroupedSampler
+from .batching import FillableRows, LengthGroupedSampler
 from .documents import count_supervised_rows
 from .losses import acceptance_metrics, step_weights
 from .optimization import MuonBeside, hidden_matrices
@@ -37,21 +38,24 @@ class Eagle3Trainer(Trainer):
         model ([`TTTDraftModel`] or `peft.PeftModel`): The draft, or one in an adapter.
         teacher ([`Teacher`]): The target, or its stored features.
         args ([`Eagle3TrainingArguments`]): Arguments of the run.
-        kwargs: As for `transformers.Trainer`; `train_dataset` comes from `tokenize_conversations`.
+        train_dataset (`Dataset`): Rows from `tokenize_conversations`, or with what they have.
+        kwargs: As for `transformers.Trainer`.
 
     Raises:
         ValueError: If one process sees several GPUs.
         NotImplementedError: If the draft is to be sharded in a way that this trainer cannot save.
     """
 
-    def __init__(self, model: TTTDraftModel, teacher: Teacher, args: Eagle3TrainingArguments, **kwargs):
+    def __init__(
+        self, model: TTTDraftModel, teacher: Teacher, args: Eagle3TrainingArguments, train_dataset: Any, **kwargs
+    ):
         if args.n_gpu > 1:
             raise ValueError(
                 f"One process sees {args.n_gpu} GPUs. Start one process per GPU with `torchrun` or `accelerate "
                 "launch`, or set CUDA_VISIBLE_DEVICES to one of them."
             )
         self.teacher = teacher
-        super().__init__(model=model, args=args, **kwargs)
+        super().__init__(model=model, args=args, train_dataset=FillableRows(train_dataset), **kwargs)
         # `compute_loss` normalises by the global batch itself.
         self.model_accepts_loss_kwargs = True
         self.draft = base_draft(model)
@@ -157,9 +161,9 @@ class Eagle3Trainer(Trainer):
         return 0
 
     def _get_train_sampler(self, train_dataset=None) -> LengthGroupedSampler:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        batch_size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        sampler = LengthGroupedSampler(dataset["length"], batch_size, self.args.seed)
+        args, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
+        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        sampler = LengthGroupedSampler(dataset.lengths, batch_size, args.seed, args.dataloader_drop_last)
         self.add_callback(SamplerEpochCallback(sampler))
         return sampler
 
