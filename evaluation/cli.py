@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..generation.support import tree_plan
 from ..training.card import add_evaluation, check_card
 from ..training.conversations import parse_conversation, parse_tools
 from ..training.sources import load_conversations
@@ -109,6 +110,7 @@ def evaluate(
     decoding = Decoding(
         arguments.max_new_tokens, arguments.do_sample, arguments.temperature, tuple(dict.fromkeys(arguments.seeds))
     )
+    plan = tree_plan(draft)
     comparisons = compare_with_progress(target, draft, prompts, decoding)
     return summarise(comparisons) | {
         "draft_cache_bytes_per_token": cache_bytes_per_token(draft),
@@ -120,7 +122,9 @@ def evaluate(
             "attention_kernel": draft.config._attn_implementation,
             "dataset": arguments.dataset or "built-in",
             "max_new_tokens": decoding.max_new_tokens,
-            "num_assistant_tokens": draft.generation_config.num_assistant_tokens,
+            "num_assistant_tokens": plan.num_nodes,
+            "tree_top_k": plan.top_k,
+            "tree_depth": plan.depth,
             "do_sample": decoding.do_sample,
             "temperature": decoding.temperature,
             "seeds": list(decoding.seeds) if decoding.do_sample else [],

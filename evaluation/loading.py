@@ -31,6 +31,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         help="kernel of the draft (default: SDPA, of the checkpoint's attention type)",
     )
     parser.add_argument("--num-assistant-tokens", type=positive_int, help="drafted per round (default: the draft's)")
+    parser.add_argument("--tree-top-k", type=positive_int, help="branches of a tree, 1: chains (default: the draft's)")
+    parser.add_argument("--tree-depth", type=positive_int, help="depth of a tree (default: the draft's)")
     parser.add_argument("--max-new-tokens", type=positive_int, default=128, help="(default: %(default)s)")
     parser.add_argument("--do-sample", action="store_true", help="sample; the default is greedy")
     parser.add_argument("--temperature", type=positive_float, default=1.0, help="when sampling (default: %(default)s)")
@@ -80,8 +82,14 @@ def load_models(
     ).to(device)
     target = AutoModelForCausalLM.from_pretrained(arguments.target_model_path, dtype=dtype).to(device)
     draft.check_target(target)
-    if arguments.num_assistant_tokens is not None:
-        draft.generation_config.num_assistant_tokens = arguments.num_assistant_tokens
+    sizes = {
+        "num_assistant_tokens": arguments.num_assistant_tokens,
+        "assistant_tree_top_k": arguments.tree_top_k,
+        "assistant_tree_depth": arguments.tree_depth,
+    }
+    for name, value in sizes.items():
+        if value is not None:
+            setattr(draft.generation_config, name, value)
     return target.eval(), draft.eval(), AutoTokenizer.from_pretrained(arguments.target_model_path)
 
 

@@ -78,6 +78,7 @@ def markdown(results: dict[str, Any], origin: dict[str, Any]) -> str:
         "dataset": settings["dataset"],
         "temperature": settings["temperature"] if settings["do_sample"] else 0,
         "draft tokens": settings["num_assistant_tokens"],
+        "tree top-k": settings["tree_top_k"],
         "acceptance length": f"{results['acceptance_length']:.2f}",
         "tokens/s, plain": f"{results['plain_tokens_per_second']:.1f}",
         "tokens/s, assisted": f"{results['assisted_tokens_per_second']:.1f}",

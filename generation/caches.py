@@ -4,6 +4,7 @@ The target's cache is the one that `generate()` prepared. The draft's holds late
 keys are `c_kv (B, 1, T, C)`, values `k_rope (B, 1, T, R)`.
 """
 
+from torch import Tensor
 from transformers import Cache, DynamicCache
 
 
@@ -21,6 +22,22 @@ def forget_last(cache: Cache, num_positions: int) -> None:
     **Effects**: shortens `cache`.
     """
     cache.crop(-num_positions)
+
+
+def keep_path(cache: Cache, num_nodes: int, path: Tensor) -> None:
+    """
+    Keeps those of the newest `num_nodes` positions that `path (n,)` names, in rising order, and drops the others.
+
+    **Effects**: shortens `cache`, after moving what is kept to the front.
+    """
+    num_kept = len(path)
+    if num_kept < num_nodes:
+        for layer in cache.layers:
+            if layer.is_initialized:
+                for states in (layer.keys, layer.values):
+                    newest = states[:, :, -num_nodes:]
+                    newest[:, :, :num_kept] = newest[:, :, path.to(states.device)]
+    forget_last(cache, num_nodes - num_kept)
 
 
 def cache_bytes(cache: Cache) -> int:

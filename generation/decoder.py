@@ -1,7 +1,7 @@
 """Speculative decoding with an EAGLE-3 draft: the loop behind `target.generate(assistant_model=draft)`.
 
     prefill     the target reads the prompt, its choice is the first token; its states go to the draft
-    draft       the head reads the true states of what was accepted, then proposes a chain
+    draft       the head reads the true states of what was accepted, then proposes a tree
     verify      the target reads root and proposals at once and chooses its own token after each accepted one
     keep        both caches drop what was not accepted; the states of the accepted path go to the draft
 
@@ -17,12 +17,13 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from .caches import cache_bytes, forget_last
-from .drafting import DraftMemory, draft_chain
+from .branching import can_branch
+from .caches import cache_bytes, keep_path
+from .drafting import DraftMemory, draft_tree
 from .metrics import SpeculationStats
-from .support import check_call, confidence_threshold, num_assistant_tokens
+from .support import check_call, tree_plan
 from .transcript import Transcript
-from .verification import accept_path, read_chain
+from .verification import accept_path, read_tree
 
 
 @torch.no_grad()
@@ -46,7 +47,7 @@ def generate(
 
     Args:
         target (`PreTrainedModel`): The model whose text is generated.
-        draft ([`Eagle3MLADraftModel`]): The head; its `generation_config.num_assistant_tokens` is the chain's length.
+        draft ([`Eagle3MLADraftModel`]): The head; its `generation_config` says how large the trees are.
         input_ids (`torch.LongTensor` of shape `(1, T)`): The prompt.
         logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs:
             As `generate()` prepared them.
@@ -112,20 +113,23 @@ def decode(
     transcript.flush()
 
     while not transcript.is_finished:
-        num_tokens = min(num_assistant_tokens(draft), transcript.max_new_tokens - 1)
-        threshold = confidence_threshold(draft)
-        tree = draft_chain(draft, target, memory, num_tokens, threshold, transcript.logits_processor, transcript.noise)
+        plan = tree_plan(draft).at_most(transcript.max_new_tokens - 1)
+        if plan.top_k > 1 and not can_branch(target):
+            plan = plan.as_chain()
+        tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, transcript.noise)
         with captured:
-            outputs, logits = read_chain(target, tree, transcript, model_kwargs)
+            outputs, logits = read_tree(target, tree, transcript, model_kwargs)
         verdict = accept_path(tree, logits, transcript)
 
-        num_kept = len(verdict.path)
-        forget_last(cache, len(tree) - num_kept)
+        num_kept, path = len(verdict.path), torch.tensor(verdict.path, device=tree.token_ids.device)
+        keep_path(cache, len(tree), path)
         model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_kept)
-        memory.await_rows(captured.take()[:, :num_kept], transcript.input_ids[:, -num_kept:])
+        states = captured.take()
+        memory.await_rows(states[:, path.to(states.device)], transcript.input_ids[:, -num_kept:])
 
         stats.target_calls += 1
-        stats.record(num_kept, verdict.num_accepted, deepest=len(tree) - 1)
+        stats.record(num_kept, verdict.num_accepted, verdict.num_tried, tree.deepest)
+        stats.drafted_nodes += len(tree) - 1
         stats.draft_cache_bytes, stats.draft_cache_tokens = cache_bytes(memory.cache), memory.cache.get_seq_length()
         transcript.flush()
     return cache

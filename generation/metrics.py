@@ -21,6 +21,7 @@ class SpeculationStats:
         accepted_by_depth (`list[int]`): Rounds in which it was emitted.
         target_calls (`int`): Forwards of the target, prefill included.
         new_tokens (`int`): Emitted tokens, that of the prefill included.
+        drafted_nodes (`int`): Draft tokens that the target has read, accepted or not.
         draft_cache_bytes (`int`): Bytes of the draft's cache after the last round.
         draft_cache_tokens (`int`): Positions in it.
     """
@@ -30,6 +31,7 @@ class SpeculationStats:
     accepted_by_depth: list[int] = field(default_factory=list)
     target_calls: int = 0
     new_tokens: int = 0
+    drafted_nodes: int = 0
     draft_cache_bytes: int = 0
     draft_cache_tokens: int = 0
 
@@ -47,20 +49,21 @@ class SpeculationStats:
         """Share of the reached draft tokens that were accepted; index 0 is the first token after the root."""
         return [hit / tried for hit, tried in zip(self.accepted_by_depth, self.drafted_by_depth, strict=True) if tried]
 
-    def record(self, num_emitted: int, num_accepted: int, deepest: int) -> None:
+    def record(self, num_emitted: int, num_accepted: int, num_tried: int, deepest: int) -> None:
         """
         Adds one round.
 
         Args:
             num_emitted (`int`): Tokens emitted.
             num_accepted (`int`): How many of them were draft tokens.
-            deepest (`int`): Depth of the deepest draft token along the path that was walked.
+            num_tried (`int`): After how many of the nodes that were walked something had been drafted.
+            deepest (`int`): Depth of the deepest draft token that the round could have.
         """
         self.acceptance_lengths.append(num_emitted)
         self.new_tokens += num_emitted
         missing = deepest - len(self.drafted_by_depth)
         self.drafted_by_depth += [0] * missing
         self.accepted_by_depth += [0] * missing
-        for depth in range(min(num_emitted, deepest)):
+        for depth in range(num_tried):
             self.drafted_by_depth[depth] += 1
             self.accepted_by_depth[depth] += depth < num_accepted

@@ -3,8 +3,40 @@
 Everything that `generate()` accepts and that has no exact assisted form is refused here by name, never approximated.
 """
 
+from dataclasses import dataclass, replace
+
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+# Depth of the trees with which EAGLE-2 and EAGLE-3 are reported.
+DEFAULT_TREE_DEPTH = 7
+
+
+@dataclass(frozen=True)
+class TreePlan:
+    """
+    Size of the trees of a call.
+
+    Args:
+        num_nodes (`int`): Nodes besides the root.
+        depth (`int`): Steps from the root to the deepest node.
+        top_k (`int`): Nodes that are continued at each depth, and continuations of each; 1 makes a chain.
+        confidence_threshold (`float`, *optional*): Drafting ends with the first depth at which the draft gives every
+            proposal a probability below. `None`: it never does.
+    """
+
+    num_nodes: int
+    depth: int
+    top_k: int
+    confidence_threshold: float | None
+
+    def at_most(self, depth: int) -> "TreePlan":
+        """The plan for a text that ends after `depth` further tokens."""
+        return replace(self, depth=min(self.depth, depth))
+
+    def as_chain(self) -> "TreePlan":
+        """The chain that is as deep as the tree."""
+        return replace(self, top_k=1)
 
 
 def check_call(
@@ -23,8 +55,7 @@ def check_call(
         NotImplementedError: If the call asks for something that has no assisted form yet.
     """
     draft.check_target(target)
-    num_assistant_tokens(draft)
-    confidence_threshold(draft)
+    tree_plan(draft)
     _check_outputs(generation_config)
     _check_cache(generation_config, model_kwargs)
     if input_ids.shape[0] != 1:
@@ -49,20 +80,34 @@ def check_call(
         )
 
 
-def num_assistant_tokens(draft) -> int:
+def tree_plan(draft) -> TreePlan:
     """
-    Draft tokens per round, from `draft.generation_config.num_assistant_tokens`.
+    What `draft.generation_config` asks for.
+
+    Read are `num_assistant_tokens`, `assistant_tree_top_k` (absent: 1, a chain), `assistant_tree_depth` (absent: 7; a
+    chain is as long as it has tokens) and `assistant_confidence_threshold`.
 
     Raises:
-        ValueError: If it is not an integer of at least 0.
+        ValueError: If one of them is out of its bounds.
     """
-    value = draft.generation_config.num_assistant_tokens
-    if value is None:
-        return draft.default_num_assistant_tokens
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    num_nodes = _integer_setting(draft, "num_assistant_tokens", 0, draft.default_num_assistant_tokens)
+    top_k = _integer_setting(draft, "assistant_tree_top_k", 1, 1)
+    if top_k > draft.config.draft_vocab_size:
         raise ValueError(
-            f"`draft.generation_config.num_assistant_tokens` must be an integer of at least 0, got {value!r}."
+            "`draft.generation_config.assistant_tree_top_k` must be at most `draft_vocab_size` "
+            f"({draft.config.draft_vocab_size}), got {top_k}."
         )
+    depth = _integer_setting(draft, "assistant_tree_depth", 1, num_nodes if top_k == 1 else DEFAULT_TREE_DEPTH)
+    return TreePlan(num_nodes, min(depth, num_nodes), top_k, confidence_threshold(draft))
+
+
+def _integer_setting(draft, name: str, least: int, default: int) -> int:
+    """`draft.generation_config.{name}`, or the default where it is absent."""
+    value = getattr(draft.generation_config, name, None)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`draft.generation_config.{name}` must be an integer of at least {least}, got {value!r}.")
     return value
 
 

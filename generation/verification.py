@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .branching import branching_inputs
 from .transcript import Transcript
 from .tree import DraftTree
 
@@ -24,32 +25,36 @@ class Verdict:
     Args:
         path (`list[int]`): The nodes after which a token was emitted, root included.
         num_accepted (`int`): How many of the emitted tokens had been drafted.
+        num_tried (`int`): After how many of these nodes something had been drafted.
     """
 
     path: list[int]
     num_accepted: int
+    num_tried: int
 
 
-def read_chain(target: PreTrainedModel, chain: DraftTree, transcript: Transcript, model_kwargs: dict) -> tuple:
+def read_tree(target: PreTrainedModel, tree: DraftTree, transcript: Transcript, model_kwargs: dict) -> tuple:
     """
-    One forward of the target over a chain, appended to its cache.
+    One forward of the target over a tree, appended to its cache.
 
     A chain needs no mask of its own: causal attention is what its nodes see of each other.
 
     Args:
         target (`PreTrainedModel`): The target.
-        chain ([`DraftTree`]): The root and its proposals.
+        tree ([`DraftTree`]): The root and its proposals.
         transcript ([`Transcript`]): The text up to and including the root.
         model_kwargs (`dict`): The target's generation state, the root's position included.
 
     Returns:
         The target's output, and logits `(N, V)` in fp32 on the text's device.
     """
-    num_nodes = len(chain)
-    candidate_ids = torch.cat([transcript.input_ids, chain.token_ids[None, 1:]], dim=-1)  # (1, T + N - 1)
+    num_nodes = len(tree)
+    candidate_ids = torch.cat([transcript.input_ids, tree.token_ids[None, 1:]], dim=-1)  # (1, T + N - 1)
     inputs = target.prepare_inputs_for_generation(
         candidate_ids, next_sequence_length=num_nodes, **extend_inputs(model_kwargs, num_nodes - 1)
     )
+    if not tree.is_chain:
+        inputs |= branching_inputs(target, tree, inputs, model_kwargs)
     if "logits_to_keep" in inputs:
         inputs["logits_to_keep"] = num_nodes
     outputs = target(**inputs, return_dict=True)
@@ -87,6 +92,7 @@ def accept_path(tree: DraftTree, logits: Tensor, transcript: Transcript) -> Verd
     **Effects**: appends the target's choices to `transcript`, up to the one that ends the text.
     """
     children = tree.children()
+    parents = {parent for parent, _ in children}
     path, num_accepted = [], 0
     node = 0
     while node is not None:
@@ -95,4 +101,4 @@ def accept_path(tree: DraftTree, logits: Tensor, transcript: Transcript) -> Verd
         child = children.get((node, token))
         num_accepted += child is not None
         node = None if transcript.is_finished else child
-    return Verdict(path, num_accepted)
+    return Verdict(path, num_accepted, num_tried=len(parents.intersection(path)))

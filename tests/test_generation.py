@@ -4,125 +4,27 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
-    DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessor,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    StoppingCriteria,
+from reference_generation import (
+    MAX_NEW_TOKENS,
+    SETTINGS,
+    TARGETS,
+    VOCAB_SIZE,
+    assert_same_generation,
+    make_draft,
+    make_prompt,
+    run,
 )
+from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
 from eagle3_mla.generation import caches as caching
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
-
-VOCAB_SIZE = 11
-MAX_NEW_TOKENS = 30
-SHAPE = {
-    "vocab_size": VOCAB_SIZE,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-    "bos_token_id": 2,
-}
-GPT2_SHAPE = {
-    "vocab_size": VOCAB_SIZE,
-    "n_embd": 32,
-    "n_layer": 4,
-    "n_head": 4,
-    "n_positions": 256,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-    "bos_token_id": 2,
-}
-BLOOM_SHAPE = {name: GPT2_SHAPE[name] for name in GPT2_SHAPE if name not in ("n_embd", "n_positions")}
-TARGETS = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
-    "mistral-window-8": lambda: MistralForCausalLM(MistralConfig(sliding_window=8, **SHAPE)),
-    "gemma2-window-8": lambda: Gemma2ForCausalLM(Gemma2Config(sliding_window=8, **SHAPE)),
-    "gemma3-window-8": lambda: Gemma3ForCausalLM(Gemma3TextConfig(sliding_window=8, **SHAPE)),
-    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2_SHAPE)),
-    "bloom": lambda: BloomForCausalLM(BloomConfig(hidden_size=32, **BLOOM_SHAPE)),
-}
-SETTINGS = {
-    "greedy": {"do_sample": False},
-    "greedy-processors": {"do_sample": False, "repetition_penalty": 1.3, "no_repeat_ngram_size": 3},
-    "greedy-min-new-tokens": {"do_sample": False, "min_new_tokens": 12, "eos_token_id": [1, 5, 7]},
-    "sample": {"do_sample": True},
-    "sample-warpers": {"do_sample": True, "temperature": 0.7, "top_k": 7, "top_p": 0.9, "min_p": 0.05},
-    "sample-typical": {"do_sample": True, "typical_p": 0.8, "epsilon_cutoff": 0.02},
-    "sample-processors": {"do_sample": True, "repetition_penalty": 1.2, "bad_words_ids": [[3], [4, 5]]},
-    "sample-eos": {"do_sample": True, "eos_token_id": [1, 5, 7]},
-    "sample-guidance": {"do_sample": True, "guidance_scale": 1.5},
-}
 
 
 @pytest.fixture(scope="module")
 def llama():
     torch.manual_seed(0)
     return TARGETS["llama"]().eval()
-
-
-def make_draft(target, **fields) -> Eagle3MLADraftModel:
-    config = Eagle3MLAConfig.from_target(target.config, draft_vocab_size=10, initializer_range=0.2, **fields)
-    draft = Eagle3MLADraftModel(config).eval()
-    draft.set_draft_vocabulary(torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 9, 10]))
-    return draft
-
-
-def make_prompt(num_tokens: int, num_padding: int = 0) -> dict[str, torch.Tensor]:
-    input_ids = torch.randint(2, VOCAB_SIZE, (1, num_padding + num_tokens))
-    attention_mask = torch.ones_like(input_ids)
-    input_ids[:, :num_padding] = 0
-    attention_mask[:, :num_padding] = 0
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
-
-
-def run(target, prompt, seed=0, **settings):
-    torch.manual_seed(seed)
-    outputs = target.generate(
-        **prompt,
-        **{"max_new_tokens": MAX_NEW_TOKENS, "return_dict_in_generate": True, **settings},
-        output_scores=True,
-        output_logits=True,
-    )
-    return outputs, torch.get_rng_state()
-
-
-def assert_same_generation(target, draft, prompt, seed=0, **settings):
-    """Text, scores, logits, what the cache holds, and where the random generator stands."""
-    plain, plain_state = run(target, prompt, seed, **settings)
-    assisted, assisted_state = run(target, prompt, seed, assistant_model=draft, **settings)
-    assert assisted.sequences.tolist() == plain.sequences.tolist()
-    assert torch.equal(assisted_state, plain_state)
-    num_new_tokens = plain.sequences.shape[1] - prompt["input_ids"].shape[1]
-    assert draft.speculation_stats.new_tokens == num_new_tokens
-    assert len(assisted.scores) == len(assisted.logits) == num_new_tokens
-    torch.testing.assert_close(torch.cat(assisted.scores), torch.cat(plain.scores), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(torch.cat(assisted.logits), torch.cat(plain.logits), rtol=1e-4, atol=1e-4)
-    assert assisted.past_key_values.get_seq_length() == plain.sequences.shape[1] - 1
-    return assisted
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())

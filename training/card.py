@@ -21,7 +21,17 @@ CARD_FILE = "README.md"
 EVALUATIONS_FILE = "evaluations.json"
 SECTION_START, SECTION_END = "<!-- evaluations -->", "<!-- end of evaluations -->"
 # Two evaluations that agree in all of these are the same one, made again.
-CONDITIONS = ("dataset", "do_sample", "temperature", "num_assistant_tokens", "max_new_tokens", "dtype", "device")
+CONDITIONS = (
+    "dataset",
+    "do_sample",
+    "temperature",
+    "num_assistant_tokens",
+    "tree_top_k",
+    "tree_depth",
+    "max_new_tokens",
+    "dtype",
+    "device",
+)
 
 
 def model_card(config: Eagle3MLAConfig, facts, log_history: list[dict], has_curves: bool) -> str:
@@ -135,6 +145,7 @@ def evaluation_columns(results: dict[str, Any], origin: dict[str, Any]) -> dict[
         "dataset": public_name(settings["dataset"]),
         "temperature": settings["temperature"] if settings["do_sample"] else 0,
         "draft tokens": settings["num_assistant_tokens"],
+        "tree top-k": settings.get("tree_top_k", 1),
         "acceptance length": f"**{results['acceptance_length']:.2f}**",
         "by depth": " ".join(f"{share:.2f}" for share in results["acceptance_by_depth"]),
         "tokens/s, plain": f"{results['plain_tokens_per_second']:.1f}",

@@ -1,0 +1,134 @@
+"""Branches in the target's forward: masks and positions with which one forward reads a whole tree.
+
+A node stands where it would stand if its path were the text: at the root's position plus its depth. It sees the
+committed tokens and its own ancestors, in a sliding-window layer those that are within the window of its position.
+
+Not every target takes such a mask (FlashAttention has none, ALiBi reads positions off a 2D mask), and none says so:
+`can_branch` tries it on four tokens.
+
+Shapes: N nodes, T committed tokens in the cache, K keys of a layer.
+"""
+
+import logging
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from .tree import DraftTree
+
+logger = logging.getLogger(__name__)
+
+LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Of the difference that a causal mask would make: rounding is far below, a mask that is not obeyed far above.
+TOLERATED_SHARE = 0.1
+_known_targets: WeakKeyDictionary[PreTrainedModel, dict] = WeakKeyDictionary()
+
+
+def branching_inputs(target: PreTrainedModel, tree: DraftTree, inputs: dict, model_kwargs: dict) -> dict:
+    """
+    The inputs of a forward over `tree` that differ from those of a chain.
+
+    Args:
+        target (`PreTrainedModel`): The target.
+        tree ([`DraftTree`]): Any tree.
+        inputs (`dict`): What the target would get if the nodes were one chain.
+        model_kwargs (`dict`): The target's generation state, with the cache and the 2D mask of the committed tokens.
+
+    Returns:
+        `dict`: `attention_mask`, additive and 4D, one for each kind of layer where there are several, and
+        `position_ids`.
+    """
+    cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
+    num_committed = cache.get_seq_length()
+    is_token = torch.ones(num_committed, dtype=torch.bool, device=tree.token_ids.device)
+    if mask is not None:
+        is_token = mask[0, :num_committed].to(is_token)
+    return {
+        "attention_mask": tree_masks(target, cache, tree, is_token),
+        "position_ids": inputs["position_ids"][..., :1] + tree.depths.to(inputs["position_ids"].device),
+    }
+
+
+def tree_masks(target: PreTrainedModel, cache: Cache, tree: DraftTree, is_token: Tensor) -> Tensor | dict[str, Tensor]:
+    """One mask `(1, 1, N, K)`, or one for each of the target's layer types."""
+    layer_types = getattr(target.config.get_text_config(decoder=True), "layer_types", None) or ["the only one"]
+    masks = {
+        kind: tree_mask(cache.layers[layer_types.index(kind)], tree, is_token, target.dtype)
+        for kind in dict.fromkeys(layer_types)
+    }
+    return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def tree_mask(layer, tree: DraftTree, is_token: Tensor, dtype: torch.dtype) -> Tensor:
+    """
+    Who sees which key of a cache layer, `(1, 1, N, K)`, added to the scores.
+
+    Args:
+        layer (`CacheLayerMixin`): Before the nodes are appended.
+        tree ([`DraftTree`]): Any tree.
+        is_token (`torch.BoolTensor` of shape `(T,)`): False where a committed position is padding.
+        dtype (`torch.dtype`): Of the mask.
+    """
+    num_committed, depths = len(is_token), tree.depths
+    num_keys, first_key = layer.get_mask_sizes(len(tree))
+    positions = torch.cat([torch.arange(num_committed, device=depths.device), num_committed + depths])
+    sees = torch.cat([is_token.expand(len(tree), -1), tree.attends], dim=1)  # (N, T + N)
+    if layer.is_sliding:
+        sees &= (num_committed + depths)[:, None] - positions < layer.sliding_window
+    sees = sees[:, first_key : first_key + num_keys]
+    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
+    return mask.masked_fill_(~sees, torch.finfo(dtype).min)[None, None]
+
+
+def can_branch(target: PreTrainedModel) -> bool:
+    """
+    Whether `target` reads a tree as it reads each of its paths; tried once and remembered.
+
+    **Effects**: calls the target; where it cannot, the log says so, with the reason.
+    """
+    known = _known_targets.setdefault(target, {})
+    settings = target.config._attn_implementation, target.dtype, target.training
+    if settings not in known:
+        known[settings] = reason = _why_not(target)
+        if reason is not None:
+            logger.warning("%s cannot read draft trees, chains are drafted: %s", type(target).__name__, reason)
+    return known[settings] is None
+
+
+@torch.no_grad()
+def _why_not(target: PreTrainedModel) -> str | None:
+    """Why `target` cannot read trees; `None` if it can."""
+    config = target.config.get_text_config(decoder=True)
+    # GPT-Neo calls them otherwise, and cuts its windows behind the mask, by places in the cache.
+    layer_types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
+    if not LAYER_TYPES.issuperset(layer_types):
+        return f"its layers are of the types {sorted(set(layer_types))}, known are {sorted(LAYER_TYPES)}"
+    if target.training:
+        return "it is in training mode"
+    try:
+        tokens = torch.arange(7, device=target.get_input_embeddings().weight.device)
+        prompt, root, first, second, third = tokens[:3], *tokens[3:].split(1)
+        nodes = torch.arange(4, device=tokens.device)
+        tree = DraftTree(tokens[3:], parents=torch.tensor([0, 0, 0, 1], device=tokens.device))
+        branched = _read(target, prompt, tree.token_ids, tree)
+        causal = _read(target, prompt, tree.token_ids, None)
+        paths = [_read(target, prompt, torch.cat(path), None) for path in ([root, first, third], [root, second])]
+    except Exception as error:  # whatever a target raises for a mask that it does not take
+        return f"{type(error).__name__}: {error}"
+    expected = torch.stack([*paths[0][:2], paths[1][1], paths[0][2]])[nodes]
+    error, mistake = (expected - branched).abs().max(), (expected - causal).abs().max()
+    return None if error <= TOLERATED_SHARE * mistake else "it does not obey the mask of a tree"
+
+
+def _read(target: PreTrainedModel, prompt: Tensor, token_ids: Tensor, tree: DraftTree | None) -> Tensor:
+    """The target's logits `(N, V)` of a chain or a tree after `prompt`, in fp32."""
+    cache = DynamicCache(config=target.config)
+    mask = torch.ones(1, len(prompt), dtype=torch.long, device=prompt.device)
+    target(input_ids=prompt[None], attention_mask=mask, past_key_values=cache, use_cache=True)
+    position_ids = len(prompt) + torch.arange(len(token_ids), device=prompt.device)[None]
+    inputs = {"position_ids": position_ids, "attention_mask": mask.new_ones(1, len(prompt) + len(token_ids))}
+    if tree is not None:
+        inputs |= branching_inputs(target, tree, inputs, {"past_key_values": cache, "attention_mask": mask})
+    return target(input_ids=token_ids[None], past_key_values=cache, use_cache=True, **inputs).logits[0].float()

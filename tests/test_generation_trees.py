@@ -1,0 +1,265 @@
+"""Draft trees: what is drafted, what the target reads of it, what caches keep, and that the text stays the same."""
+
+from functools import partial
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference_generation import SETTINGS, TARGETS, VOCAB_SIZE, assert_same_generation, make_draft, make_prompt
+from transformers import DynamicCache, LogitsProcessorList
+
+from eagle3_mla.generation.branching import branching_inputs, can_branch
+from eagle3_mla.generation.caches import keep_path
+from eagle3_mla.generation.drafting import DraftMemory, draft_tree
+from eagle3_mla.generation.support import TreePlan, tree_plan
+from eagle3_mla.generation.tree import DraftTree, build_tree
+from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
+
+# Identities in fp64; the eager attention of Gemma 2 takes its softmax in fp32.
+TOLERANCES = {"gemma2-window-8": 1e-5}
+CHAINS_ONLY = ["bloom", "gpt-neo-window-8"]
+BRANCHING = [name for name in TARGETS if name not in CHAINS_ONLY]
+# A root with three children, of which two go on.
+TREE = DraftTree(torch.tensor([3, 4, 5, 6, 7, 8, 9]), torch.tensor([0, 0, 0, 0, 1, 2, 4]))
+
+
+def set_tree(draft, num_nodes: int, top_k: int, depth: int | None = None):
+    draft.generation_config.num_assistant_tokens = num_nodes
+    draft.generation_config.assistant_tree_top_k = top_k
+    draft.generation_config.assistant_tree_depth = depth
+    return draft
+
+
+def path_to(tree: DraftTree, node: int) -> list[int]:
+    """The nodes from the root to `node`."""
+    return [0] if node == 0 else [*path_to(tree, int(tree.parents[node])), node]
+
+
+@st.composite
+def trees(draw):
+    num_nodes = draw(st.integers(1, 12))
+    parents = [0] + [draw(st.integers(0, node - 1)) for node in range(1, num_nodes)]
+    return DraftTree(torch.arange(num_nodes), torch.tensor(parents))
+
+
+@given(tree=trees())
+@settings(deadline=None)
+def test_node_attends_to_its_ancestors_only(tree):
+    for node in range(len(tree)):
+        path = path_to(tree, node)
+        assert tree.attends[node].nonzero().flatten().tolist() == sorted(path)
+        assert tree.depths[node] == len(path) - 1
+
+
+@given(seed=st.integers(0, 10**6), num_nodes=st.integers(1, 20), has_ties=st.booleans())
+@settings(deadline=None)
+def test_kept_candidates_are_the_best_and_come_with_their_parents(seed, num_nodes, has_ties):
+    """Without its parent a node would hang under another one, and the target would read a text nobody proposed."""
+    generator = torch.Generator().manual_seed(seed)
+    parents = torch.tensor([-1, -1] + [int(torch.randint(-1, node, (), generator=generator)) for node in range(2, 25)])
+    steps = -torch.rand(25, generator=generator) * (0 if has_ties else 1)
+    scores = torch.zeros(25)
+    for node, parent in enumerate(parents.tolist()):
+        scores[node] = steps[node] + (scores[parent] if parent >= 0 else 0)
+    tree = build_tree(torch.tensor([99]), torch.arange(25), parents, scores, num_nodes)
+    kept = tree.token_ids[1:].tolist()
+    assert sorted(scores[kept].tolist()) == sorted(scores.sort(descending=True).values[:num_nodes].tolist())
+    for node, token in enumerate(kept, start=1):
+        parent = tree.parents[node]
+        assert parent < node
+        assert tree.token_ids[parent] == (99 if parents[token] < 0 else parents[token])
+
+
+@pytest.mark.parametrize("num_committed", [3, 12], ids=["within-the-window", "beyond-the-window"])
+@pytest.mark.parametrize("name", BRANCHING)
+def test_target_reads_a_tree_as_it_reads_each_of_its_paths(name, num_committed):
+    target, tolerance = TARGETS[name]().eval().double(), TOLERANCES.get(name, 1e-10)
+    read = partial(read_after_prompt, target, make_prompt(num_committed))
+    logits, _ = read(TREE.token_ids, TREE)
+    for node in range(len(TREE)):
+        expected, _ = read(TREE.token_ids[path_to(TREE, node)], None)
+        torch.testing.assert_close(logits[node], expected[-1], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("num_committed", [3, 12], ids=["within-the-window", "beyond-the-window"])
+@pytest.mark.parametrize("name", BRANCHING)
+def test_kept_path_is_the_cache_of_a_text_that_never_branched(name, num_committed):
+    target, tolerance = TARGETS[name]().eval().double(), TOLERANCES.get(name, 1e-10)
+    read, path = partial(read_after_prompt, target, make_prompt(num_committed)), [0, 1, 4]
+    _, cache = read(TREE.token_ids, TREE)
+    keep_path(cache, len(TREE), torch.tensor(path))
+    _, expected = read(TREE.token_ids[path], None)
+    keep_path(expected, len(path), torch.arange(len(path)))  # a window returns to its size
+    for layer, expected_layer in zip(cache.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.keys, expected_layer.keys, atol=tolerance, rtol=tolerance)
+        torch.testing.assert_close(layer.values, expected_layer.values, atol=tolerance, rtol=tolerance)
+    assert cache.get_seq_length() == expected.get_seq_length()
+
+
+@torch.no_grad()
+def read_after_prompt(target, prompt, token_ids, tree):
+    """Logits `(N, V)` of a tree or a chain after the prompt, and the cache that then holds all of it."""
+    cache = DynamicCache(config=target.config)
+    mask = prompt["attention_mask"]
+    positions = (mask.cumsum(dim=-1) - 1).clamp(min=0)
+    target(**prompt, position_ids=positions, past_key_values=cache)
+    cache.activate_past_recording()
+    inputs = {
+        "attention_mask": torch.cat([mask, mask.new_ones(1, len(token_ids))], dim=-1),
+        "position_ids": positions[:, -1:] + 1 + torch.arange(len(token_ids)),
+    }
+    if tree is not None:
+        inputs |= branching_inputs(target, tree, inputs, {"past_key_values": cache, "attention_mask": mask})
+    return target(input_ids=token_ids[None], past_key_values=cache, **inputs).logits[0], cache
+
+
+@pytest.mark.parametrize("fields", [{}, {"mla_rope_dim": 4}, {"attention_type": "gqa"}], ids=str)
+@pytest.mark.parametrize("noise_seed", [None, 0], ids=["greedy", "noise"])
+def test_drafted_tree_is_the_best_of_all_paths_of_the_reference(fields, noise_seed):
+    """EAGLE-2's expansion, written as plain recursion: every node by a chain of the draft's own forwards."""
+    target = TARGETS["llama"]().eval().double()
+    draft = make_draft(target, **fields).double()
+    memory = DraftMemory(torch.randn(1, 5, 96).double(), torch.randint(2, VOCAB_SIZE, (1, 5)))
+    pending = memory.pending_states, memory.pending_tokens
+    noise = None if noise_seed is None else KnownNoise(noise_seed)
+    plan = TreePlan(num_nodes=11, depth=3, top_k=3, confidence_threshold=None)
+    tree = draft_tree(draft, target, memory, plan, LogitsProcessorList(), noise)
+    drafted = {tuple(tree.token_ids[path_to(tree, node)].tolist()) for node in range(1, len(tree))}
+    assert drafted == reference_tree(draft, target, *pending, plan, noise)
+    assert memory.cache.get_seq_length() == 5
+
+
+class KnownNoise:
+    """Stands for `Noise`: any draws, always the same."""
+
+    def __init__(self, seed: int):
+        generator = torch.Generator().manual_seed(seed)
+        self.draws = torch.empty(3, VOCAB_SIZE).exponential_(1, generator=generator)
+
+    def peek(self, ahead: int) -> torch.Tensor:
+        return self.draws[ahead : ahead + 1]
+
+
+@torch.no_grad()
+def reference_tree(draft, target, states, tokens, plan, noise) -> set[tuple[int, ...]]:
+    """The paths, each with its root, that EAGLE-2 keeps (arXiv:2406.16858, Section 4)."""
+    root = int(tokens[0, -1])
+    paths, expanded = {}, {(root,): 0.0}
+    for depth in range(plan.depth):
+        found = {}
+        for path, score in expanded.items():
+            log_probs = chain_logits(draft, target, states, tokens, path[1:]).log_softmax(dim=-1)
+            if noise is not None:
+                known = draft.draft_to_target(torch.arange(len(log_probs)))
+                log_probs = (log_probs - noise.peek(depth)[0, known].log()).log_softmax(dim=-1)
+            best = log_probs.topk(plan.top_k)
+            for log_prob, draft_id in zip(best.values.tolist(), best.indices, strict=True):
+                found[(*path, int(draft.draft_to_target(draft_id)))] = score + log_prob
+        paths |= found
+        expanded = dict(sorted(found.items(), key=lambda item: -item[1])[: plan.top_k])
+    return set(sorted(paths, key=lambda path: -paths[path])[: plan.num_nodes])
+
+
+def chain_logits(draft, target, states, tokens, path) -> torch.Tensor:
+    """The draft's logits `(Vd,)` after it has decoded `path`, one token at a time."""
+    cache = DynamicCache()
+    outputs = draft(draft.embed(tokens, target), aux_hidden_states=states, past_key_values=cache, logits_to_keep=1)
+    for token in path:
+        embeds = draft.embed(torch.tensor([[token]]), target)
+        outputs = draft(embeds, fused_states=outputs.states, past_key_values=cache)
+    return outputs.logits[0, -1].float()
+
+
+@pytest.mark.parametrize(("num_nodes", "top_k", "depth"), [(12, 3, 4), (40, 10, 3)], ids=str)
+@pytest.mark.parametrize("setting", ["greedy", "greedy-processors", "sample", "sample-warpers", "sample-eos"])
+@pytest.mark.parametrize("name", BRANCHING)
+def test_text_of_a_tree_is_that_of_plain_generation(name, setting, num_nodes, top_k, depth):
+    target = TARGETS[name]().eval()
+    num_accepted = 0
+    for seed, (num_tokens, num_padding) in enumerate([(9, 0), (12, 5), (1, 0)]):
+        draft = set_tree(make_draft(target), num_nodes, top_k, depth)
+        assert_same_generation(target, draft, make_prompt(num_tokens, num_padding), seed, **SETTINGS[setting])
+        num_accepted += sum(draft.speculation_stats.accepted_by_depth)
+        rounds = draft.speculation_stats.rounds
+        assert draft.speculation_stats.drafted_nodes <= num_nodes * rounds
+    assert can_branch(target)
+    assert num_accepted > 0
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1]], ids=str)
+def test_mask_of_any_form_gives_the_plain_text(mask):
+    target = TARGETS["llama"]().eval()
+    prompt = {"input_ids": make_prompt(6)["input_ids"], "attention_mask": torch.tensor([mask])}
+    assert_same_generation(target, set_tree(make_draft(target), 12, 4), prompt, do_sample=False)
+
+
+@pytest.mark.parametrize("fields", [{"mla_rope_dim": 4}, {"attention_type": "gqa"}, {"num_hidden_layers": 2}], ids=str)
+@pytest.mark.parametrize("kernel", ["eager", "sdpa", "flex_attention"])
+def test_every_head_and_kernel_drafts_trees(fields, kernel):
+    target = TARGETS["llama"]().eval()
+    draft = set_tree(make_draft(target, **fields), 12, 4)
+    draft.set_attn_implementation(kernel)
+    assert_same_generation(target, draft, make_prompt(7), do_sample=True)
+
+
+def test_wide_tree_accepts_more_than_a_chain_of_its_depth():
+    target = TARGETS["llama"]().eval()
+    draft, accepted = make_draft(target), []
+    for top_k in (1, 10):
+        set_tree(draft, 3 if top_k == 1 else 60, top_k, depth=3)
+        assert_same_generation(target, draft, make_prompt(7), do_sample=True, max_new_tokens=60)
+        accepted.append(draft.speculation_stats.acceptance_length)
+    assert accepted[1] > accepted[0]
+
+
+@pytest.mark.parametrize("name", CHAINS_ONLY)
+def test_target_that_takes_no_tree_mask_gets_a_chain_and_says_why(name, caplog):
+    target = TARGETS[name]().eval()
+    draft = set_tree(make_draft(target), 12, 3, depth=4)
+    for _ in range(2):
+        assert_same_generation(target, draft, make_prompt(7), do_sample=False)
+    assert not can_branch(target)
+    assert len(draft.speculation_stats.drafted_by_depth) <= 4
+    assert sum("chains are drafted" in record.message for record in caplog.records) == 1
+
+
+def test_target_that_ignores_the_mask_is_found_out(monkeypatch):
+    """A mask that is not obeyed raises nothing: siblings would see each other, and texts would differ."""
+    target = TARGETS["llama"]().eval()
+    forward = target.model.forward
+    monkeypatch.setattr(target.model, "forward", lambda *args, attention_mask=None, **kwargs: forward(*args, **kwargs))
+    assert not can_branch(target)
+
+
+def test_settings_of_the_tree_are_saved_with_the_draft(tmp_path):
+    draft = set_tree(make_draft(TARGETS["llama"]()), 25, 5, depth=6)
+    draft.save_pretrained(tmp_path)
+    loaded = Eagle3MLADraftModel.from_pretrained(tmp_path)
+    assert tree_plan(loaded) == TreePlan(num_nodes=25, depth=6, top_k=5, confidence_threshold=None)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "bound"),
+    [
+        ("assistant_tree_top_k", 0, "at least 1"),
+        ("assistant_tree_top_k", 11, "at most `draft_vocab_size` \\(10\\)"),
+        ("assistant_tree_top_k", 2.0, "at least 1"),
+        ("assistant_tree_depth", 0, "at least 1"),
+        ("assistant_tree_depth", True, "at least 1"),
+        ("num_assistant_tokens", -1, "at least 0"),
+    ],
+)
+def test_setting_out_of_its_bounds_is_refused_by_name(name, value, bound):
+    target = TARGETS["llama"]().eval()
+    draft = make_draft(target)
+    setattr(draft.generation_config, name, value)
+    with pytest.raises(ValueError, match=f"{name}` must be .*{bound}.*got {value}"):
+        target.generate(**make_prompt(5), max_new_tokens=4, assistant_model=draft)
+
+
+def test_absent_settings_mean_a_chain_and_depths_have_a_default():
+    draft = make_draft(TARGETS["llama"]())
+    assert tree_plan(draft) == TreePlan(num_nodes=7, depth=7, top_k=1, confidence_threshold=None)
+    assert tree_plan(set_tree(draft, 60, 10)).depth == 7
+    assert tree_plan(set_tree(draft, 3, 2)).depth == 3
