@@ -2,7 +2,8 @@
 
 A table is a set of recipes under one budget and the same seeds. Prompts are held out, decoding is greedy, chains have
 at most seven drafts; where the prompts name their source, every source counts the same. What lies in `--work-dir`
-already is not made again, so that a table can be interrupted, or trained on another machine.
+already is not made again, so that a table can be interrupted, or trained on another machine; what was made with other
+settings is refused.
 
     python benchmarks/acceptance.py losses --target examples/nano-target --dataset outputs/demo/data/train.jsonl \\
         --prompts outputs/demo/data/heldout.jsonl --training --max-steps 300 --max-length 384 --num-ttt-steps 4
@@ -13,6 +14,7 @@ checkpoint.
 """
 
 import argparse
+import fcntl
 import json
 import os
 import subprocess
@@ -24,6 +26,8 @@ from itertools import product
 from pathlib import Path
 
 from harness import write_table
+
+from eagle3_mla.training.files import replace_file
 
 ROOT = Path(__file__).resolve().parents[1]
 STANDARD, LATENT = ["--attention-backend", "sdpa"], ["--attention-backend", "sdpa_mla"]
@@ -80,33 +84,74 @@ def recipes_of(table: str, target: Path) -> dict[str, list[str]]:
 
 
 def run(log: Path, script: str, *arguments: object) -> None:
-    """One of the project's commands, its output in `log`, on one thread of the CPU; it ends this one if it fails."""
+    """
+    One of the project's commands on one thread of the CPU, its output in `log`.
+
+    The command holds a lock on its log, so that one which outlives a killed benchmark is not joined by a second.
+
+    Raises:
+        RuntimeError: If it fails, or if another process is still at it.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "scripts" / script), *map(str, arguments)]
     with log.open("a") as output:
+        try:
+            fcntl.flock(output, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f"Another process still writes {log}. Wait for it, or end it.") from None
         threads = os.environ | {"OMP_NUM_THREADS": "1"}
         finished = subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=threads, check=False)
     if finished.returncode != 0:
         raise RuntimeError(f"{script} ended with exit code {finished.returncode}; its output is in {log}.")
 
 
+def is_made(directory: Path, request: list[str]) -> bool:
+    """
+    Whether `directory` was filled by `request`. **Effects**: notes the request beside it.
+
+    Raises:
+        RuntimeError: If it was begun by another request: a table would then not say how it was made.
+    """
+    note = directory.with_name(f"{directory.name}.request.json")
+    if not note.exists():
+        write_note(note, request, made=False)
+    known = json.loads(note.read_text())
+    if known["request"] != request:
+        changed = sorted(set(known["request"]) ^ set(request))
+        raise RuntimeError(
+            f"{directory} was begun with other settings ({' '.join(changed)}). Give another --work-dir."
+        )
+    return known["made"]
+
+
+def mark_made(directory: Path, request: list[str]) -> None:
+    """Notes that the request was carried out."""
+    write_note(directory.with_name(f"{directory.name}.request.json"), request, made=True)
+
+
+def write_note(note: Path, request: list[str], made: bool) -> None:
+    note.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(note, json.dumps({"request": request, "made": made}))
+
+
 def train(arguments: argparse.Namespace, flags: list[str], seed: int, output_dir: Path) -> None:
     """Trains a head that is not there yet, from its last checkpoint if it has one."""
-    if (output_dir / "model.safetensors").exists():
-        return
-    datasets = ["--dataset", *arguments.dataset]
     flags = [flag.replace("sdpa", arguments.kernel) for flag in flags]
-    own = [*flags, "--seed", str(seed), "--output-dir", str(output_dir), "--disable-tqdm", "True"]
+    models = ["--model-path", str(arguments.target), "--dataset", *arguments.dataset]
+    request = [*models, *flags, "--seed", str(seed), *arguments.training]
+    if is_made(output_dir, request):
+        return
+    own = ["--output-dir", output_dir, "--disable-tqdm", "True"]
     if (output_dir / "checkpoint").exists():
         own.append("--resume-from-checkpoint")
-    models = ["--model-path", arguments.target, *datasets]
-    run(output_dir / "train.log", "train_eagle3.py", *models, *own, *arguments.training)
+    run(output_dir / "train.log", "train_eagle3.py", *own, *request)
+    mark_made(output_dir, request)
 
 
 def split_by_source(prompts: Path, directory: Path) -> dict[str, Path]:
     """A file for each `source` that the prompts name; one file where they name none."""
     rows = defaultdict(list)
-    for line in prompts.read_text(encoding="utf-8").splitlines():
+    for line in filter(str.strip, prompts.read_text(encoding="utf-8").splitlines()):
         rows[json.loads(line).get("source", "prompts")].append(line)
     directory.mkdir(parents=True, exist_ok=True)
     files = {source: directory / f"{source}.jsonl" for source in sorted(rows)}
@@ -118,12 +163,15 @@ def split_by_source(prompts: Path, directory: Path) -> dict[str, Path]:
 def evaluate(arguments: argparse.Namespace, head: Path, backend: str, source: str, prompts: Path) -> dict:
     """What `scripts/eval_eagle.py` says of one head on one source."""
     output_dir = head / f"eval-{source}"
-    if not (output_dir / "results.json").exists():
-        models = ["--draft-checkpoint", head, "--target-model-path", arguments.target, "--attention-backend", backend]
-        chain = ["--num-assistant-tokens", NUM_ASSISTANT_TOKENS, "--max-new-tokens", arguments.max_new_tokens]
-        samples = ["--dataset", prompts, "--num-samples", arguments.num_samples, "--output-dir", output_dir]
-        device = [] if arguments.device is None else ["--device", arguments.device]
-        run(output_dir / "eval.log", "eval_eagle.py", *models, *chain, *samples, *device)
+    models = ["--target-model-path", str(arguments.target), "--attention-backend", backend]
+    chain = ["--num-assistant-tokens", str(NUM_ASSISTANT_TOKENS), "--max-new-tokens", str(arguments.max_new_tokens)]
+    samples = ["--dataset", str(prompts), "--num-samples", str(arguments.num_samples)]
+    device = [] if arguments.device is None else ["--device", arguments.device]
+    request = [*models, *chain, *samples, *device]
+    if not is_made(output_dir, request):
+        own = ["--draft-checkpoint", head, "--output-dir", output_dir]
+        run(output_dir / "eval.log", "eval_eagle.py", *own, *request)
+        mark_made(output_dir, request)
     return json.loads((output_dir / "results.json").read_text())
 
 
@@ -165,13 +213,18 @@ def row(name: str, scores: list[Score]) -> list[str]:
 
 
 def curve_rows(names: dict[str, list[Path]], scores: dict[Path, Score]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of acceptance length against optimizer steps, means over the seeds."""
+    """Columns and rows of acceptance length against optimizer steps, means over the seeds; empty where one lacks."""
     steps = sorted({step for heads in names.values() for head in heads for step in steps_of(head)})
-    rows = []
-    for name, heads in names.items():
-        reached = [[scores[steps_of(head)[step]].acceptance_length for head in heads] for step in steps]
-        rows.append([name, *(f"{sum(lengths) / len(lengths):.3f}" for lengths in reached)])
+    rows = [[name, *(mean_at(step, heads, scores) for step in steps)] for name, heads in names.items()]
     return ["head", *(f"step {step}" for step in steps)], rows
+
+
+def mean_at(step: int, heads: list[Path], scores: dict[Path, Score]) -> str:
+    checkpoints = [steps_of(head).get(step) for head in heads]
+    if None in checkpoints:
+        return ""
+    lengths = [scores[checkpoint].acceptance_length for checkpoint in checkpoints]
+    return f"{sum(lengths) / len(lengths):.3f}"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -204,6 +257,8 @@ def main() -> None:
     prompts = split_by_source(arguments.prompts, arguments.work_dir / "prompts")
     recipes = list(recipes_of(arguments.table, arguments.target).items())
     chosen = range(len(recipes)) if arguments.only is None else arguments.only
+    if not set(chosen) <= set(range(len(recipes))):
+        raise SystemExit(f"`--only` must name heads from 0 to {len(recipes) - 1}, got {arguments.only}.")
     names, jobs = defaultdict(list), []
     for number, seed in product(chosen, arguments.seeds):
         name, flags = recipes[number]
@@ -229,4 +284,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RuntimeError as error:
+        sys.exit(f"error: {error}")
