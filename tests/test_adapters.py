@@ -270,7 +270,11 @@ WRONG_REQUESTS = {
         {"--lora-target-modules": "lm_head", "--muon-learning-rate": "0.01"},
         "`--muon-learning-rate` must be 0 or left out, got 0.01: it trains the matrices that map states to states",
     ),
-    "no draft": ({"--draft-checkpoint": "./nowhere"}, "The draft ./nowhere cannot be loaded"),
+    "no draft": (
+        {"--draft-checkpoint": "./nowhere"},
+        "The draft ./nowhere does not exist: `--draft-checkpoint` must be",
+    ),
+    "no draft by an absolute path": ({"--draft-checkpoint": "/nonexistent"}, "The draft /nonexistent does not exist"),
 }
 
 

@@ -233,6 +233,16 @@ WRONG_REQUESTS = {
     "noise on embeddings": ({"--neftune-noise-alpha": "5"}, "`--neftune-noise-alpha` must be left out, got 5.0: "),
     "an evaluation": ({"--eval-on-start": "True"}, "`--eval-on-start` must be left out, got True: "),
     "Liger kernels": ({"--use-liger-kernel": "True"}, "`--use-liger-kernel` must be left out, got True: "),
+    "more rows than memory": (
+        {"--dataset-weights": "1e9"},
+        "train.jsonl in an epoch, got 1000000000.0, which makes 5e+09 of its 5.",
+    ),
+    "a weight near infinity": ({"--dataset-weights": "1e308"}, "which makes inf of its 5."),
+    "a weight that draws no row": (
+        {"--dataset-weights": "1e-9"},
+        "`--dataset-weights` must give between 1 and 100000000 rows of ",
+    ),
+    "a split of a file": ({"--dataset-split": "foo"}, "`--dataset-split` must be train for "),
     "fewer rows than a step": (
         {"--per-device-train-batch-size": "64", "--dataloader-drop-last": "True"},
         "`--dataloader-drop-last` leaves no step: a step takes 64 rows, and there are 5",
