@@ -257,6 +257,9 @@ def test_training_goes_on_from_the_weights_and_the_vocabulary_of_a_draft(command
 WRONG_REQUESTS = {
     "no head": ({"--draft-checkpoint": None}, "Name it with `--draft-checkpoint`"),
     "alpha without rank": ({"--lora-rank": None, "--lora-alpha": "4"}, "need `--lora-rank`"),
+    "alpha that is not a number": ({"--lora-alpha": "nan"}, "`--lora-alpha` must be above 0 and finite, got nan"),
+    "alpha 0": ({"--lora-alpha": "0"}, "`--lora-alpha` must be above 0 and finite, got 0.0"),
+    "negative alpha": ({"--lora-alpha": "-1"}, "`--lora-alpha` must be above 0 and finite, got -1.0"),
     "rank 0": ({"--lora-rank": "0"}, "`--lora-rank` must be at least 1, got 0"),
     "no such layer": ({"--lora-target-modules": "k_proj"}, "must be among ['W_dkv', 'W_uk', 'W_uv', 'down_proj'"),
     "other attention": ({"--attention-backend": "sdpa"}, '`--attention-backend` sdpa trains "gqa" attention, but'),
@@ -267,7 +270,11 @@ WRONG_REQUESTS = {
         {"--lora-target-modules": "lm_head", "--muon-learning-rate": "0.01"},
         "`--muon-learning-rate` must be 0 or left out, got 0.01: it trains the matrices that map states to states",
     ),
-    "no draft": ({"--draft-checkpoint": "./nowhere"}, "The draft ./nowhere cannot be loaded"),
+    "no draft": (
+        {"--draft-checkpoint": "./nowhere"},
+        "The draft ./nowhere does not exist: `--draft-checkpoint` must be",
+    ),
+    "no draft by an absolute path": ({"--draft-checkpoint": "/nonexistent"}, "The draft /nonexistent does not exist"),
 }
 
 

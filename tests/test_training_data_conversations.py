@@ -172,6 +172,20 @@ WRONG = {
         r"must be a list of messages, got an object with the keys \['content', 'role'\]",
     ),
     "text": ({"messages": "hello"}, r"Row 7: `messages` is text that is not JSON .*'hello'"),
+    "too many brackets": ({"messages": "[" * 100_000}, "Row 7: `messages` is nested too deeply to be read"),
+    "brackets that Python's reader takes": (
+        {"messages": "[" * 900 + "]" * 900},
+        "Row 7: `messages` is nested too deeply to be read",
+    ),
+    "tools of many brackets": (
+        {"messages": CONVERSATION, "tools": "[" * 100_000},
+        "Row 7: `tools` is nested too deeply to be read",
+    ),
+    "a number without end": ({"messages": "[" + "7" * 5000 + "]"}, "Row 7: `messages` holds a number that cannot be"),
+    "half of a surrogate pair": (
+        {"messages": '[{"role": "user", "content": "\\ud800"}]'},
+        r"Row 7: `messages` holds \\ud800, half of a surrogate pair",
+    ),
     "a null message": ({"messages": [USER, None]}, r"message 2 of `messages` must be an object .* got null"),
     "a number as message": ({"messages": [USER, 5]}, r"message 2 of `messages` must be an object .* got int 5"),
     "no role": ({"messages": [{"content": "abc"}]}, r"message 1 of `messages` must have a `role` .* got null"),

@@ -62,6 +62,15 @@ WRONG_FILES = {
     "a list on a line": (b"[1, 2]\n", r"Line 1 of .*train.jsonl must be a JSON object, got list"),
     "not a number": (b'{"text": "a"}\n{"text": NaN}\n', r"Line 2 of .*train.jsonl holds NaN, which is not JSON"),
     "another encoding": ('{"text": "é"}\n'.encode("latin-1"), r"train.jsonl is not UTF-8 text"),
+    "too many brackets": (b"{}\n" + b"[" * 100_000, r"Line 2 of .*train.jsonl is nested too deeply to be read"),
+    "a number without end": (
+        b'{"a": ' + b"7" * 5000 + b"}\n",
+        r"Line 1 of .*train.jsonl holds a number that cannot be read: Exceeds the limit",
+    ),
+    "half of a surrogate pair": (
+        b'{"text": "\\ud83d\\ude00"}\n{"text": ["\\ud800 x"]}\n',
+        r"Line 2 of .*train.jsonl holds \\ud800, half of a surrogate pair, which is no character",
+    ),
     "no rows": (b"\n \n", r"train.jsonl is empty"),
 }
 
@@ -79,6 +88,7 @@ def test_a_broken_file_is_named_with_the_line(name, tmp_path):
     [
         ('[{"text": "a"}, 3]', r"Item 2 of .*list.json must be a JSON object, got int"),
         ("[]", "list.json is empty"),
+        ('[{}, {"\\udfff": "a"}]', r"list.json holds \\udfff, half of a surrogate pair"),
         ('[{"text": "a"}', r"list.json is not valid JSON"),
     ],
 )
@@ -114,6 +124,14 @@ def test_missing_and_empty_datasets_are_refused(tmp_path):
 def test_what_only_the_hub_has_is_refused_for_a_file(options, tmp_path):
     with pytest.raises(ValueError, match="are for datasets on the Hub"):
         load_conversations(write_lines(tmp_path / "a.jsonl", [{"text": "a"}]), **options)
+
+
+def test_a_split_of_what_has_none_is_refused(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}')
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
+    for name in ("train.jsonl", "saved"):
+        with pytest.raises(ValueError, match=rf"`--dataset-split` must be train for .*{name}, got foo"):
+            load_conversations(str(tmp_path / name), split="foo")
 
 
 def test_a_hub_dataset_is_loaded_by_id_config_and_split(monkeypatch):

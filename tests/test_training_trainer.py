@@ -181,6 +181,16 @@ def test_the_order_of_rows_depends_on_seed_and_epoch_alone():
     assert sum(spans) / len(spans) < 10
 
 
+def test_the_order_of_rows_follows_the_seed_of_the_data(target_path, dataset_path, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    rows = tokenize_conversations(load_conversations(str(dataset_path)), tokenizer, 64)
+    target = tiny_target(vocab_size=len(tokenizer)).double()
+    seeds = {"seed": 3, "data_seed": None}, {"seed": 4, "data_seed": 3}, {"seed": 3, "data_seed": 4}
+    sizes = {"per_device_train_batch_size": 1}
+    orders = [list(make_trainer(rows, target, tmp_path, **sizes, **each)._get_train_sampler()) for each in seeds]
+    assert orders[0] == orders[1] != orders[2]
+
+
 WRONG_REQUESTS = {
     "missing dataset": ({"--dataset": "./nowhere.jsonl"}, "nowhere.jsonl does not exist"),
     "missing target": ({"--model-path": "./nowhere"}, "The target ./nowhere cannot be loaded"),
@@ -194,6 +204,49 @@ WRONG_REQUESTS = {
         'with "gqa" they must be 0',
     ),
     "no ttt step": ({"--num-ttt-steps": "0"}, "`--num-ttt-steps` must be at least 1"),
+    "a decay that is not a number": ({"--ttt-decay": "nan"}, "`--ttt-decay` must be above 0 and finite, got nan"),
+    "an infinite decay": ({"--ttt-decay": "inf"}, "`--ttt-decay` must be above 0 and finite, got inf"),
+    "a decay whose powers overflow": ({"--ttt-decay": "1e300"}, "`--ttt-decay` must give finite weights"),
+    "a step weight that is not a number": (
+        {"--ttt-step-weights": "nan 1 1"},
+        "`--ttt-step-weights` must give finite weights of at least 0, not all of them 0, got [nan, 1.0, 1.0].",
+    ),
+    "a negative step weight": ({"--ttt-step-weights": "-1 1 1"}, "got [-1.0, 1.0, 1.0]."),
+    "no step weight above 0": ({"--ttt-step-weights": "0 0 0"}, "not all of them 0, got [0.0, 0.0, 0.0]."),
+    "a gradient norm that is not a number": ({"--max-grad-norm": "nan"}, "`--max-grad-norm` must be at least 0"),
+    "a negative learning rate": ({"--learning-rate": "-1"}, "`--learning-rate` must be at least 0 and finite, got -1"),
+    "a learning rate that is not a number": ({"--learning-rate": "nan"}, "at least 0 and finite, got nan"),
+    "negative weight decay": ({"--weight-decay": "-1"}, "`--weight-decay` must be at least 0 and finite, got -1"),
+    "a weight decay that is not a number": ({"--weight-decay": "nan"}, "`--weight-decay` must be at least 0"),
+    "a batch of nothing": (
+        {"--per-device-train-batch-size": "0"},
+        "`--per-device-train-batch-size` must be at least 1, got 0",
+    ),
+    "no micro-batch": ({"--gradient-accumulation-steps": "0"}, "`--gradient-accumulation-steps` must be at least 1"),
+    "no epoch": (
+        {"--num-train-epochs": "0", "--max-steps": "-1"},
+        "`--num-train-epochs` must be above 0 and finite, got 0.0",
+    ),
+    "epochs that are not a number": ({"--num-train-epochs": "nan"}, "`--num-train-epochs` must be above 0 and finite"),
+    "a negative seed": ({"--seed": "-1"}, "`--seed` must be between 0 and 4294967295, got -1"),
+    "a negative seed of the data": ({"--data-seed": "-1"}, "`--data-seed` must be between 0 and 4294967295, got -1"),
+    "noise on embeddings": ({"--neftune-noise-alpha": "5"}, "`--neftune-noise-alpha` must be left out, got 5.0: "),
+    "an evaluation": ({"--eval-on-start": "True"}, "`--eval-on-start` must be left out, got True: "),
+    "Liger kernels": ({"--use-liger-kernel": "True"}, "`--use-liger-kernel` must be left out, got True: "),
+    "more rows than memory": (
+        {"--dataset-weights": "1e9"},
+        "train.jsonl in an epoch, got 1000000000.0, which makes 5e+09 of its 5.",
+    ),
+    "a weight near infinity": ({"--dataset-weights": "1e308"}, "which makes inf of its 5."),
+    "a weight that draws no row": (
+        {"--dataset-weights": "1e-9"},
+        "`--dataset-weights` must give between 1 and 100000000 rows of ",
+    ),
+    "a split of a file": ({"--dataset-split": "foo"}, "`--dataset-split` must be train for "),
+    "fewer rows than a step": (
+        {"--per-device-train-batch-size": "64", "--dataloader-drop-last": "True"},
+        "`--dataloader-drop-last` leaves no step: a step takes 64 rows, and there are 5",
+    ),
     "unwritable directory": ({"--output-dir": "/dev/null/out"}, "is not writable"),
     "nothing to resume": ({"--resume-from-checkpoint": "True"}, "is no complete checkpoint"),
     "a tracker that is not installed": (
@@ -214,6 +267,13 @@ def test_a_wrong_request_is_one_message_and_leaves_nothing(request_name, command
     error = error_of(command | flags, capsys)
     assert message in error
     assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_no_result(command, tmp_path, caplog):
+    assert run(command | {"--learning-rate": "1e20", "--max-steps": "4"}) == 1
+    assert "holds a number that is not finite: no result is written" in caplog.text
+    assert (tmp_path / "out" / "checkpoint-4" / "model.safetensors").is_file()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
 def test_a_target_whose_weights_are_cut_is_refused(command, target_path, tmp_path, capsys):

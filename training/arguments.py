@@ -26,6 +26,27 @@ DEFAULT_DRAFT_VOCAB_SIZE = 32000
 FULL_VOCABULARY = "full"
 # Muon's peak rate over that of AdamW.
 MUON_RATE_FACTOR = 3
+# NumPy's generator takes no larger seed.
+LARGEST_SEED = 2**32 - 1
+# What a number must be, in words and as a test that "not a number" fails, and the arguments that must be so.
+BOUNDS = {
+    "at least 1": (
+        lambda value: value >= 1,
+        ("num_ttt_steps", "per_device_train_batch_size", "gradient_accumulation_steps"),
+    ),
+    "at least 0 and finite": (
+        lambda value: 0 <= value < math.inf,
+        ("learning_rate", "muon_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"),
+    ),
+    "above 0 and finite": (lambda value: 0 < value < math.inf, ("ttt_decay", "num_train_epochs")),
+    f"between 0 and {LARGEST_SEED}": (lambda value: 0 <= value <= LARGEST_SEED, ("seed", "data_seed")),
+}
+# Arguments of the Trainer that need what a draft's training does not have.
+UNSUPPORTED = {
+    "neftune_noise_alpha": "the draft reads the target's embeddings",
+    "eval_on_start": "there is no evaluation in training",
+    "use_liger_kernel": "its kernels know no draft",
+}
 
 
 @dataclass(frozen=True)
@@ -238,6 +259,8 @@ class DraftArguments:
             raise ValueError("`--lora-alpha` and `--lora-target-modules` need `--lora-rank`.")
         if self.lora_rank is not None and self.lora_rank < 1:
             raise ValueError(f"`--lora-rank` must be at least 1, got {self.lora_rank}.")
+        if self.lora_alpha is not None and not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"`--lora-alpha` must be above 0 and finite, got {self.lora_alpha}.")
         if self.lora_rank is not None and self.draft_checkpoint is None:
             raise ValueError("`--lora-rank` trains an adapter of a trained draft. Name it with `--draft-checkpoint`.")
         if self.target_forward == "document" and self.shard_target:
@@ -332,22 +355,19 @@ class Eagle3TrainingArguments(TrainingArguments):
         return by_launcher or bool(self.fsdp) or self.deepspeed is not None
 
     @property
+    def global_batch_size(self) -> int:
+        """Rows of a step over all processes and micro-batches."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+    @property
     def step_weights(self) -> list[float]:
         """Weight of each step in the loss."""
         return self.ttt_step_weights or [self.ttt_decay**ttt_step for ttt_step in range(self.num_ttt_steps)]
 
     def __post_init__(self):
-        if self.num_ttt_steps < 1:
-            raise ValueError(f"`--num-ttt-steps` must be at least 1, got {self.num_ttt_steps}.")
-        if self.ttt_decay <= 0:
-            raise ValueError(f"`--ttt-decay` must be positive, got {self.ttt_decay}.")
-        if self.ttt_step_weights is not None and len(self.ttt_step_weights) != self.num_ttt_steps:
-            raise ValueError(
-                f"`--ttt-step-weights` must have one weight for each of {self.num_ttt_steps} steps, got "
-                f"{len(self.ttt_step_weights)}."
-            )
-        if self.muon_learning_rate is not None and not 0 <= self.muon_learning_rate < math.inf:
-            raise ValueError(f"`--muon-learning-rate` must be at least 0 and finite, got {self.muon_learning_rate}.")
+        check_bounds(self)
+        check_supported(self)
+        self._check_step_weights()
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise ValueError(f"`--ema-decay` must be between 0 and 1, both excluded, got {self.ema_decay}.")
         if self.bf16 is None:
@@ -364,6 +384,51 @@ class Eagle3TrainingArguments(TrainingArguments):
             )
         if self.diagnose and self.world_size > 1:
             raise ValueError(f"`--diagnose` runs in one process, got {self.world_size}. Start it without a launcher.")
+
+    def _check_step_weights(self) -> None:
+        """In float32, as the loss takes them."""
+        name = "ttt_decay" if self.ttt_step_weights is None else "ttt_step_weights"
+        given = getattr(self, name)
+        if name == "ttt_step_weights" and len(given) != self.num_ttt_steps:
+            raise ValueError(
+                f"`--ttt-step-weights` must have one weight for each of {self.num_ttt_steps} steps, got {len(given)}."
+            )
+        weights = torch.tensor(given, dtype=torch.float64)
+        if name == "ttt_decay":
+            weights = weights ** torch.arange(self.num_ttt_steps)  # (K,)
+        weights = weights.float()
+        if not (weights.isfinite().all() and (weights >= 0).all() and weights.any()):
+            raise ValueError(
+                f"`{as_flag(name)}` must give finite weights of at least 0, not all of them 0, got {given}."
+            )
+
+
+def as_flag(name: str) -> str:
+    """An argument as it is written on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+def check_bounds(args: Eagle3TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: Names the first number that training cannot obey.
+    """
+    for words, (holds, names) in BOUNDS.items():
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                raise ValueError(f"`{as_flag(name)}` must be {words}, got {value}.")
+
+
+def check_supported(args: Eagle3TrainingArguments) -> None:
+    """
+    Raises:
+        ValueError: Names the first argument of the Trainer that is given and has nothing to act on.
+    """
+    for name, reason in UNSUPPORTED.items():
+        value = getattr(args, name)
+        if value is not None and value is not False:
+            raise ValueError(f"`{as_flag(name)}` must be left out, got {value}: {reason}.")
 
 
 def check_trackers(names: list[str]) -> None:

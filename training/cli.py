@@ -43,7 +43,16 @@ from .optimization import check_has_matrices, check_same_optimizer
 from .packing import pack_rows
 from .placement import check_has_decoder, check_placement, claim_devices, load_target, try_packing_together
 from .plots import CurvesCallback
-from .release import RunFacts, all_arguments, code_facts, command_line, device_name, hardware_facts, write_release
+from .release import (
+    RunFacts,
+    all_arguments,
+    code_facts,
+    command_line,
+    device_name,
+    first_not_finite,
+    hardware_facts,
+    write_release,
+)
 from .stored_target import StoredTarget
 from .trainer import Eagle3Trainer, find_checkpoint
 from .ttt import TTTDraftModel
@@ -74,7 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     Trains a draft head, or diagnoses one; a wrong request ends with one message and exit code 2.
 
     Returns:
-        `int`: The exit code: 1 if a check of the diagnosis failed, or the result could not be pushed.
+        `int`: The exit code: 1 if a check of the diagnosis failed, the trained weights are not finite, or the result
+            could not be pushed.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger(__package__).setLevel(logging.INFO)
@@ -123,6 +133,8 @@ def prepare(data: DataArguments, settings: DraftArguments, args: Eagle3TrainingA
         with args.main_process_first(desc="data"):
             prepared = prepare_rows(data, tokenizer, config.vocab_size, end_ids, args.seed)
     rows = prepared.rows
+    packed = pack_rows(rows, data.max_length, args.seed) if data.packing else rows
+    check_makes_a_step(args, len(packed))
     token_counts = count_supervised_tokens(rows, config.vocab_size)
     is_stored = data.features is not None
     if is_stored:
@@ -145,9 +157,20 @@ def prepare(data: DataArguments, settings: DraftArguments, args: Eagle3TrainingA
     collator = PaddingCollator(tokenizer.pad_token_id or 0, data.pad_to_multiple_of)
     collator = FeatureCollator(collator) if is_stored else collator
     callbacks = [CurvesCallback()]
-    packed = pack_rows(rows, data.max_length, args.seed) if data.packing else rows
     trainer = Eagle3Trainer(model, teacher, args, train_dataset=packed, data_collator=collator, callbacks=callbacks)
     return Run(data, settings, trainer, prepared, int(token_counts.sum()), checkpoint, tokenizer, destination)
+
+
+def check_makes_a_step(args: Eagle3TrainingArguments, num_rows: int) -> None:
+    """
+    Raises:
+        ValueError: If all rows would be left out, since they do not make one batch.
+    """
+    if args.dataloader_drop_last and not args.diagnose and num_rows < args.global_batch_size:
+        raise ValueError(
+            f"`--dataloader-drop-last` leaves no step: a step takes {args.global_batch_size} rows, and there are "
+            f"{num_rows}. Leave it out, or lower `--per-device-train-batch-size`."
+        )
 
 
 def fresh_draft(
@@ -237,7 +260,12 @@ def diagnose(run: Run) -> int:
 
 
 def train(run: Run) -> int:
-    """Trains, and writes the result to the output directory; the exit code is 1 if it could not be pushed."""
+    """
+    Trains, and writes the result to the output directory.
+
+    Returns:
+        `int`: The exit code: 1 if the weights are not finite and so are not written, or the result is not pushed.
+    """
     trainer = run.trainer
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=run.checkpoint)
@@ -245,6 +273,15 @@ def train(run: Run) -> int:
     weights = trainer.released_weights()  # by all processes
     if not trainer.is_world_process_zero():
         return 0
+    broken = first_not_finite(weights)
+    if broken is not None:
+        logger.error(
+            "`%s` holds a number that is not finite: no result is written, the checkpoints in %s stay. Lower "
+            "`--learning-rate`, or look at the data with `--diagnose True`.",
+            broken,
+            trainer.args.output_dir,
+        )
+        return 1
     facts = RunFacts(
         argv=command_line(),
         target=run.settings.model_path,

@@ -19,11 +19,7 @@ def trained_config(settings: DraftArguments) -> Eagle3MLAConfig:
         ValueError: If it cannot be read, or other arguments describe another draft.
     """
     source = settings.draft_checkpoint
-    try:
-        model_type = PreTrainedConfig.get_config_dict(source)[0].get("model_type")
-    except OSError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"The draft {source} cannot be loaded: {reason}") from error
+    model_type = _stored_type(source)
     if model_type != Eagle3MLAConfig.model_type:
         raise ValueError(
             f"`--draft-checkpoint` must be a draft of type {Eagle3MLAConfig.model_type}, got {model_type} in {source}."
@@ -45,6 +41,17 @@ def trained_config(settings: DraftArguments) -> Eagle3MLAConfig:
         if getattr(settings, name) and not getattr(config, name):
             raise ValueError(f"`--{name.replace('_', '-')}` must be left out: {source} was trained without it.")
     return config
+
+
+def _stored_type(source: str) -> str | None:
+    """`model_type` of the draft in a directory or on the Hub. Raises `ValueError` if there is none to read."""
+    if source.startswith((".", "/", "~")) and not Path(source).exists():
+        raise ValueError(f"The draft {source} does not exist: `--draft-checkpoint` must be a directory or a Hub id.")
+    try:
+        return PreTrainedConfig.get_config_dict(source)[0].get("model_type")
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"The draft {source} cannot be loaded: {reason}") from error
 
 
 def load_trained_draft(settings: DraftArguments) -> TTTDraftModel:

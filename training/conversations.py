@@ -11,6 +11,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from .json_text import load_json, refusing_depth
+
 CONVERSATION_COLUMNS = ("messages", "conversations")
 ROLES = {
     "human": "user",
@@ -99,13 +101,15 @@ def parse_messages(value: Any, column: str, number: int) -> list[dict[str, Any]]
     Raises:
         ValueError: Names the row, the column, the message and what was found there.
     """
-    messages = _from_json(drop_nulls(value), f"Row {number}: `{column}`")
-    if not isinstance(messages, list):
-        raise ValueError(f"Row {number}: `{column}` must be a list of messages, got {_describe(messages)}.")
-    return [
-        _parse_message(message, f"Row {number}, message {position} of `{column}`")
-        for position, message in enumerate(messages, start=1)
-    ]
+    place = f"Row {number}: `{column}`"
+    with refusing_depth(place):
+        messages = _from_json(drop_nulls(value), place)
+        if not isinstance(messages, list):
+            raise ValueError(f"{place} must be a list of messages, got {_describe(messages)}.")
+        return [
+            _parse_message(message, f"Row {number}, message {position} of `{column}`")
+            for position, message in enumerate(messages, start=1)
+        ]
 
 
 def parse_tools(row: dict, number: int) -> list[dict] | None:
@@ -116,12 +120,13 @@ def parse_tools(row: dict, number: int) -> list[dict] | None:
         ValueError: If the column holds something else.
     """
     place = f"Row {number}: `tools`"
-    tools = _from_json(drop_nulls(row.get("tools")), place)
-    if not tools:
-        return None
-    if not isinstance(tools, list):
-        raise ValueError(f"{place} must be a list of JSON schemas, got {_describe(tools)}.")
-    return [_parse_tool(tool, place) for tool in tools]
+    with refusing_depth(place):
+        tools = _from_json(drop_nulls(row.get("tools")), place)
+        if not tools:
+            return None
+        if not isinstance(tools, list):
+            raise ValueError(f"{place} must be a list of JSON schemas, got {_describe(tools)}.")
+        return [_parse_tool(tool, place) for tool in tools]
 
 
 def has_value(row: dict, column: str) -> bool:
@@ -226,9 +231,11 @@ def _from_json(value: Any, place: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return load_json(value)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is text that is not JSON ({error}): {value[:60]!r}.") from None
+    except ValueError as error:
+        raise ValueError(f"{place} {error}.") from None
 
 
 def drop_nulls(value: Any, but_in: str | None = None) -> Any:

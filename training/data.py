@@ -17,12 +17,14 @@ import transformers
 from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
-from .arguments import DataArguments
+from .arguments import DataArguments, DataSource
 from .sources import load_conversations
 from .tokenization import RowTokenizer, TokenizationOptions
 
 logger = logging.getLogger(__name__)
 
+# Rows of a source in an epoch; above, the list of them alone takes gigabytes.
+MAX_WEIGHED_ROWS = 10**8
 # Part of the cache key: change it whenever the same input gives other rows.
 TOKENIZATION_VERSION = 4
 ROW_FEATURES = Features(
@@ -110,7 +112,9 @@ def prepare_rows(
     for index, source in enumerate(data.sources()):
         loaded = load_conversations(source.dataset, source.split, source.config, data.streaming, data.max_rows)
         tokenized = _tokenize(loaded, tokenizer, options, source.dataset, data.preprocessing_workers)
-        chosen = weigh_rows(np.flatnonzero(tokenized["is_supervised"]), source.weight, (seed, index))
+        usable = np.flatnonzero(tokenized["is_supervised"])
+        check_weight(source, len(usable))
+        chosen = weigh_rows(usable, source.weight, (seed, index))
         parts.append(tokenized.select(chosen).select_columns(["input_ids", "loss_mask", "length"]))
         reports.append(_report(tokenized, options, source.dataset, len(chosen)))
     rows = concatenate_datasets(parts)
@@ -144,6 +148,25 @@ def tokenize_conversations(
     if len(chosen) == 0:
         _refuse_empty([report], max_length)
     return tokenized.select(chosen).select_columns(["input_ids", "loss_mask", "length"])
+
+
+def check_weight(source: DataSource, num_usable: int) -> None:
+    """
+    Requires that a source's weight gives it a row in an epoch, and not more rows than can be listed.
+
+    Args:
+        source ([`DataSource`]): With `weight`.
+        num_usable (`int`): Its rows that can be learnt from; without any, no weight is wrong.
+
+    Raises:
+        ValueError: Names the source and its weight.
+    """
+    num_rows = source.weight * num_usable
+    if num_usable > 0 and not 0.5 < num_rows <= MAX_WEIGHED_ROWS:
+        raise ValueError(
+            f"`--dataset-weights` must give between 1 and {MAX_WEIGHED_ROWS} rows of {source.dataset} in an epoch, "
+            f"got {source.weight}, which makes {num_rows:.3g} of its {num_usable}."
+        )
 
 
 def weigh_rows(indices: np.ndarray, weight: float, seed: tuple[int, ...]) -> np.ndarray:

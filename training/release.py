@@ -114,6 +114,11 @@ def write_release(
     return names
 
 
+def first_not_finite(weights: dict[str, Tensor]) -> str | None:
+    """Name of the first weight that holds a number that is not finite."""
+    return next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+
+
 def provenance(facts: RunFacts) -> dict[str, Any]:
     """The run's facts with the versions and the commit of the code."""
     return asdict(facts) | code_facts()

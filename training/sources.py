@@ -12,6 +12,8 @@ from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 
+from .json_text import load_json, refusing_depth
+
 FILE_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -37,6 +39,11 @@ def load_conversations(
     if path.exists() and (config is not None or streaming):
         raise ValueError(
             f"`--dataset-config` and `--streaming` are for datasets on the Hub; {dataset} is a local path."
+        )
+    if path.exists() and split != "train" and not (path / "dataset_dict.json").exists():
+        raise ValueError(
+            f"`--dataset-split` must be train for {dataset}, got {split}: files have no splits. Leave it out, or give "
+            "one for each dataset."
         )
     if path.is_dir() and ((path / "state.json").exists() or (path / "dataset_dict.json").exists()):
         rows = _load_saved(path, split)
@@ -74,16 +81,19 @@ def _check_json_lines(lines: Iterator[str], path: Path) -> bool:
     has_rows = False
     for number, line in enumerate(lines, start=1):
         if line.strip():
-            row = _parse_json(line, f"Line {number} of {path}")
+            place = f"Line {number} of {path}"
+            with refusing_depth(place):
+                row = _parse_json(line, place)
             if not isinstance(row, dict):
-                raise ValueError(f"Line {number} of {path} must be a JSON object, got {type(row).__name__}.")
+                raise ValueError(f"{place} must be a JSON object, got {type(row).__name__}.")
             has_rows = True
     return has_rows
 
 
 def _check_json_list(text: str, path: Path) -> bool:
     """Whether there is a row."""
-    rows = _parse_json(text, str(path))
+    with refusing_depth(str(path)):
+        rows = _parse_json(text, str(path))
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise ValueError(f"Item {number} of {path} must be a JSON object, got {type(row).__name__}.")
@@ -91,13 +101,16 @@ def _check_json_list(text: str, path: Path) -> bool:
 
 
 def _parse_json(text: str, place: str) -> object:
-    def refuse(name: str):
-        raise ValueError(f"{place} holds {name}, which is not JSON. Leave the field out or write null.")
-
+    constants: list[str] = []
     try:
-        return json.loads(text, parse_constant=refuse)
+        value = load_json(text, parse_constant=constants.append)
     except json.JSONDecodeError as error:
         raise ValueError(f"{place} is not valid JSON: {error}.") from None
+    except ValueError as error:
+        raise ValueError(f"{place} {error}.") from None
+    if constants:
+        raise ValueError(f"{place} holds {constants[0]}, which is not JSON. Leave the field out or write null.")
+    return value
 
 
 def _load_saved(path: Path, split: str) -> Dataset:

@@ -162,8 +162,8 @@ class Eagle3Trainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None) -> LengthGroupedSampler:
         args, dataset = self.args, self.train_dataset if train_dataset is None else train_dataset
-        batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        sampler = LengthGroupedSampler(dataset.lengths, batch_size, args.seed, args.dataloader_drop_last)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        sampler = LengthGroupedSampler(dataset.lengths, args.global_batch_size, seed, args.dataloader_drop_last)
         self.add_callback(SamplerEpochCallback(sampler))
         return sampler
 
