@@ -24,7 +24,7 @@ from .tokenization import RowTokenizer, TokenizationOptions
 logger = logging.getLogger(__name__)
 
 # Part of the cache key: change it whenever the same input gives other rows.
-TOKENIZATION_VERSION = 4
+TOKENIZATION_VERSION = 5
 ROW_FEATURES = Features(
     {
         "input_ids": List(Value("int32")),
