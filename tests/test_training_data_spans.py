@@ -398,6 +398,149 @@ def test_marks_that_hold_what_others_say_are_refused(name):
         answers_of(tokenizer, [USER, ANSWER, RESULT, OTHER_ANSWER])
 
 
+TURN = "{{ '<' + m.role + '>\n' + m.content + '<e>\n' }}"
+PROMPT = "{% if add_generation_prompt %}{{ '<assistant>\n' }}{% endif %}"
+
+
+def marked_turns(answer: str, others: str = TURN, before: str = "", behind: str = PROMPT) -> str:
+    """A template that writes the turns of the assistant in one way and those of others in another."""
+    return (
+        f"{before}{{% for m in messages %}}{{% if m.role == 'assistant' %}}{answer}{{% else %}}{others}{{% endif %}}"
+        f"{{% endfor %}}{behind}"
+    )
+
+
+MARKED_TURN = "{{ '<assistant>\n' }}{% generation %}{{ m.content + '<e>' }}{% endgeneration %}{{ '\n' }}"
+# Each holds text around the answers; the first two are common in the templates of released models.
+WITH_SURROUNDINGS = {
+    "the line break": marked_turns(
+        MARKED_TURN.replace("{% endgeneration %}{{ '\n' }}", "{{ '\n' }}{% endgeneration %}")
+    ),
+    "header and line break": marked_turns("{% generation %}" + TURN + "{% endgeneration %}"),
+    "header": marked_turns("{% generation %}{{ '<assistant>\n' + m.content + '<e>' }}{% endgeneration %}{{ '\n' }}"),
+    "the next header": marked_turns(
+        "{% generation %}{{ m.content + '<e>\n<user>\n' }}{% endgeneration %}",
+        "{% if loop.first %}{{ '<user>\n' }}{% endif %}{{ m.content + '<e>\n<assistant>\n' }}",
+        behind="",
+    ),
+}
+CALLS = "{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments | tojson }}{% endfor %}"
+TAGS = ["<user>", "<assistant>", "<tool>", "<system>"]
+
+
+@pytest.mark.parametrize("name", WITH_SURROUNDINGS)
+def test_what_a_block_holds_around_an_answer_is_cut_off(name):
+    """Otherwise the draft learns headers, which the target never generates."""
+    tokenizer = make_tokenizer(WITH_SURROUNDINGS[name], TAGS, "<e>")
+    quoting = {"role": "assistant", "content": "<assistant>\nfake<e>\n"}
+    for answer in (ANSWER, quoting, ANSWER):
+        expected = [answer["content"] + "<e>", "5<e>"]
+        assert answers_of(tokenizer, [USER, answer, OTHER_USER, OTHER_ANSWER]) == expected
+    assert answers_of(tokenizer, [OTHER_USER, quoting, USER, OTHER_ANSWER], num_given=2) == ["5<e>"]
+
+
+@pytest.mark.parametrize("name", WITH_SURROUNDINGS)
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=st.lists(CONVERSATIONS, min_size=2, max_size=3))
+def test_cut_blocks_and_comparisons_agree(name, rows):
+    """For any texts, also where what is cut off is known from the row before."""
+    template = WITH_SURROUNDINGS[name]
+    plain = template.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+    options = TokenizationOptions(max_length=10_000)
+    marked, unmarked = (RowTokenizer(make_tokenizer(each, TAGS, "<e>"), options) for each in (template, plain))
+    for turns in rows:
+        row = {"messages": []}
+        for request, answer in turns:
+            row["messages"] += [{"role": "user", "content": request}, {"role": "assistant", "content": answer}]
+        assert marked(row, 0)["loss_mask"] == unmarked(row, 0)["loss_mask"]
+
+
+@pytest.mark.parametrize(("messages", "tools", "expected"), EXPECTED["qwen3"])
+def test_blocks_around_whole_turns_with_reasoning_and_calls_are_cut(messages, tools, expected):
+    before, rest = QWEN3.split("        {%- if loop.index0 > ns.last_query", 1)
+    turn, behind = rest.split("    {%- elif message.role == 'tool' %}", 1)
+    turn = "{%- generation %}{%- if loop.index0 > ns.last_query" + turn + "{%- endgeneration %}"
+    tokenizer = make_tokenizer(before + turn + "{%- elif message.role == 'tool' %}" + behind, *TEMPLATES["qwen3"][1:])
+    assert answers_of(tokenizer, messages, tools) == expected
+
+
+def test_an_ending_without_a_special_token_stays():
+    """A template that marks it says that the target generates it; nothing contradicts that."""
+    template = marked_turns(
+        "Bot: {% generation %}{{ m.content + ' ###\n' }}{% endgeneration %}",
+        "User: {{ m.content + '\n' }}",
+        behind="{% if add_generation_prompt %}Bot: {% endif %}",
+    )
+    tokenizer = make_tokenizer(template, [], "<e>")
+    assert answers_of(tokenizer, TWO_TURNS) == ["\n the answer is four.  ###\n", "5 ###\n"]
+
+
+LINES = {"role": "assistant", "content": "line one\nline two\n\nline three"}
+KEYWORD = marked_turns(
+    MARKED_TURN,
+    "{% if 'KEY' in m.content %}{% generation %}" + TURN + "{% endgeneration %}{% else %}" + TURN + "{% endif %}",
+)
+BAD_BLOCKS = {
+    "the default system prompt": (
+        marked_turns(MARKED_TURN, before="{% generation %}{{ '<system>\nBe brief.<e>\n' }}{% endgeneration %}"),
+        TWO_TURNS,
+        "hold more than",
+    ),
+    "the last line only": (
+        marked_turns(
+            "{% set lines = m.content.split('\n') %}{{ '<assistant>\n' + lines[:-1] | join('\n') }}"
+            "{% generation %}{{ lines[-1] + '<e>' }}{% endgeneration %}{{ '\n' }}"
+        ),
+        [USER, LINES],
+        "do not hold the answer in message 2",
+    ),
+    "the content without its calls": (
+        marked_turns(
+            "{{ '<assistant>\n' }}{% generation %}{{ m.content }}{% endgeneration %}" + CALLS + "{{ '<e>\n' }}"
+        ),
+        [USER, CALL, RESULT, ANSWER],
+        "do not hold the answer in message 2",
+    ),
+    "the last turn only": (
+        marked_turns("{% if loop.last %}" + MARKED_TURN + "{% else %}" + TURN + "{% endif %}"),
+        [USER, {"role": "assistant", "content": "ab"}, USER, {"role": "assistant", "content": "abc\nd"}],
+        "do not hold the answer in message 2",
+    ),
+    "requests with a keyword": (
+        KEYWORD,
+        [{"role": "user", "content": "the KEY"}, ANSWER],
+        "hold more than",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_BLOCKS)
+def test_blocks_that_are_not_around_the_answers_are_refused(name):
+    template, messages, reason = BAD_BLOCKS[name]
+    with pytest.raises(ValueError, match=reason):
+        answers_of(make_tokenizer(template, TAGS, "<e>"), messages)
+
+
+def test_blocks_are_checked_in_every_row():
+    """The first row says nothing about a template that marks by what a message says."""
+    template, messages, reason = BAD_BLOCKS["requests with a keyword"]
+    make_row = RowTokenizer(make_tokenizer(template, TAGS, "<e>"), TokenizationOptions(max_length=100))
+    assert sum(make_row({"messages": [USER, ANSWER]}, 0)["loss_mask"]) > 0
+    with pytest.raises(ValueError, match=f"Row 2: .* blocks {reason}"):
+        make_row({"messages": messages}, 1)
+
+
+def test_calls_and_reasoning_in_a_block_are_held():
+    template = marked_turns(
+        "{% generation %}{{ '<assistant>\n' }}{% if m.reasoning_content %}<think>{{ m.reasoning_content }}"
+        "</think>{% endif %}{{ m.content }}" + CALLS + "{{ '<e>\n' }}{% endgeneration %}",
+        before="{% for tool in tools or [] %}{{ tool | tojson + '\n' }}{% endfor %}",
+    )
+    tokenizer = make_tokenizer(template, TAGS, "<e>")
+    expected = [f"add{CALL_JSON}<e>", "<think>2 + 2</think>\n the answer is four. <e>"]
+    assert answers_of(tokenizer, [USER, CALL, RESULT, THOUGHT], TOOLS) == expected
+
+
 def test_a_template_that_was_found_right_is_checked_again_for_other_kinds_of_messages():
     tokenizer = make_tokenizer(TOO_WIDE["the result of a tool"], ["<user>", "<assistant>", "<tool>"], "<e>")
     make_row = RowTokenizer(tokenizer, TokenizationOptions(max_length=100))
@@ -416,18 +559,23 @@ def test_an_answer_that_quotes_the_user_is_accepted(name):
         assert message["content"] in answer
 
 
-def test_marks_are_checked_once_for_each_sequence_of_kinds_of_messages():
-    """A check for every row would take twice the time of the rows themselves."""
+def test_boundaries_are_looked_for_once_where_conversations_differ_in_their_words_only():
+    """Looking for them in every row would take several times as long as the row itself."""
     template, plain = MARKED["chatml"]
     tokenizer = make_tokenizer(template, *TEMPLATES[plain][1:])
     chat_template = ChatTemplate(tokenizer)
-    render_marked, num_rendered = chat_template.render_marked, []
-    chat_template.render_marked = lambda *args: num_rendered.append(1) or render_marked(*args)
-    for request in ("one", "two", "three"):
-        conversation = Conversation([{"role": "user", "content": request}, ANSWER])
-        text = chat_template.render(conversation.messages, None)
+    num_rendered = []
+    for name in ("render", "render_marked"):
+        method = getattr(chat_template, name)
+        setattr(chat_template, name, lambda *args, method=method: num_rendered.append(1) or method(*args))
+    for number, request in enumerate(("one", "two", "three")):
+        conversation = Conversation(
+            [{"role": "user", "content": request}, ANSWER | {"content": f"{number} {request}"}]
+        )
+        text = ChatTemplate(tokenizer).render(conversation.messages, None)
+        num_rendered.clear()
         find_answers(Rendering(chat_template, conversation, text), [1], len(text) + 1)
-    assert len(num_rendered) == 3 + 2
+        assert len(num_rendered) == (6 if number == 0 else 2)
 
 
 def test_blocks_that_touch_are_one():

@@ -1,7 +1,6 @@
 """Where in a rendered conversation the assistant speaks, for any chat template; exact, or refused.
 
-A template with `{% generation %}` says it itself, and is believed if its blocks hold the answers and nothing that
-changes with what others say. For any other it is found by rendering variants of the conversation and comparing them as
+For a template without `{% generation %}` it is found by rendering variants of the conversation and comparing them as
 text:
 
 - An answer begins where its prompt ends: what the template gives for the messages before it with
@@ -15,10 +14,16 @@ text:
   first end-of-turn token, if the same follows it when the conversation ends there. Neither the line break after that
   token nor the next header belongs to it.
 
+A template with `{% generation %}` says itself what of an answer is learnt from. The same comparisons bound it, as far
+as they are certain: what a block holds before the answer's beginning or behind its end (its header, the line break
+behind the end-of-turn token) is cut off. The row is refused if a block lies outside the answers, if content or a call
+lies outside the blocks, or if what they hold changes with what others say.
+
 Whatever does not come out as it must is refused with the reason, never guessed.
 """
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +39,23 @@ Span = tuple[int, int]
 REMEDY = "Mark the answers in the target's chat_template.jinja with `{% generation %}` and `{% endgeneration %}`."
 
 
+# Stands for the tools of a conversation where it is rendered with other words.
+OTHER_TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "X",
+            "description": "X",
+            "parameters": {
+                "type": "object",
+                "properties": {"x": {"type": "string", "description": "X"}},
+                "required": ["x"],
+            },
+        },
+    }
+]
+# More skeletons than this are not kept: where each conversation has one of its own, that would fill the memory.
+MAX_KNOWN_CUTS = 10_000
 # What a template raises on messages that it was not written for: its own refusals, and Python's errors inside of it.
 TEMPLATE_ERRORS = (TemplateError, TypeError, KeyError, IndexError, AttributeError, ValueError)
 
@@ -59,6 +81,8 @@ class ChatTemplate:
         self.special_tokens = sorted({*special_tokens, *self.end_tokens})
         # Sequences of kinds of messages for which the blocks were found to hold the assistant's text only.
         self.checked_kinds: set[tuple] = set()
+        # What is cut off the blocks' beginnings and ends, by the hash of a conversation's skeleton; see `_skeleton`.
+        self.known_cuts: dict[int, list[tuple[str, str]]] = {}
 
     def render(self, messages: list[dict], tools: list[dict] | None, add_generation_prompt: bool = False) -> str:
         """The text of `messages`. Raises [`TemplateRefusedError`] where the template refuses them."""
@@ -127,32 +151,88 @@ def find_answers(rendering: Rendering, answers: list[int], limit: int) -> list[S
 
 def find_marked_answers(rendering: Rendering, answers: list[int]) -> list[Span]:
     """
-    What the template's `{% generation %}` blocks hold, of the messages in `answers`.
+    What the template's `{% generation %}` blocks hold of the messages in `answers`.
 
-    Blocks inside a macro, or around the wrong part, mark something else or nothing; therefore what they mark must hold
-    the last line of every answer, in order, and no text of others.
+    Blocks inside a macro, or around the wrong part, mark something else or nothing; see `cut_blocks`.
 
     Raises:
-        ValueError: If it does not.
+        ValueError: If the blocks are not around the answers.
     """
-    text, spans = rendering.template.render_marked(rendering.messages, rendering.conversation.tools)
+    text, blocks = rendering.template.render_marked(rendering.messages, rendering.conversation.tools)
     assert text == rendering.text
-    position = 0
-    for answer in rendering.conversation.answers():
-        lines = rendering.messages[answer]["content"].strip().splitlines()
-        if lines:
-            position = _find_in_spans(lines[-1].strip(), text, spans, position)
-        if position < 0 or not spans:
-            raise ValueError(
-                f"the template's {{% generation %}} blocks do not hold the answer in message {answer + 1}. "
-                "Put them around the assistant's content and end-of-turn token, outside of macros."
-            )
-    check_marks_no_others(rendering)
-    spans = merge_touching(spans)
+    spans = merge_touching(cut_blocks(rendering, blocks))
     if answers == _all_answers(rendering.messages):
         return spans
     start = find_start(rendering, answers[0])
     return [(max(first, start), last) for first, last in spans if last > start]  # blocks that touch were merged
+
+
+def cut_blocks(rendering: Rendering, blocks: list[Span]) -> list[Span]:
+    """
+    The `{% generation %}` blocks without what they hold around the answers.
+
+    Every conversation is rendered once more, with other words for what others say. If all but the answers' words is
+    then as in a conversation before, so is what is cut off; only otherwise it is looked for.
+
+    Raises:
+        ValueError: If a block is elsewhere, an answer is not in them, or what they hold changes with what others say.
+    """
+    text, known_cuts = rendering.text, rendering.template.known_cuts
+    other_text, other_blocks = _render_marked_others(rendering, "X")
+    is_same = _texts(text, blocks) == _texts(other_text, other_blocks)
+    skeleton = _skeleton(rendering, other_text, other_blocks) if is_same else None
+    cuts = known_cuts.get(skeleton)
+    if cuts is not None and _have_cuts(_texts(text, blocks), cuts):
+        spans = [(start + len(head), end - len(tail)) for (start, end), (head, tail) in zip(blocks, cuts, strict=True)]
+        return [(start, end) for start, end in spans if start < end]
+    regions, are_certain = find_regions(rendering)
+    pieces = [_intersect(block, merge_touching(sorted(regions))) for block in blocks]
+    spans = [piece for block_pieces in pieces for piece in block_pieces]
+    for answer, region in zip(_all_answers(rendering.messages), regions, strict=True):
+        if answer >= rendering.conversation.num_given:
+            check_holds_answer(rendering, answer, region, spans)
+    check_marks_no_others(rendering)
+    is_elsewhere = any(text[slice(*block)].strip() and not found for block, found in zip(blocks, pieces, strict=True))
+    if is_elsewhere or not (is_same or are_certain):
+        raise ValueError(
+            "the template's {% generation %} blocks hold more than what the assistant says: text outside of its "
+            "answers. Put them around the assistant's content and end-of-turn token only."
+        )
+    if skeleton is not None and len(known_cuts) < MAX_KNOWN_CUTS and all(len(found) == 1 for found in pieces):
+        ends = [(block, found[0]) for block, found in zip(blocks, pieces, strict=True)]
+        known_cuts[skeleton] = [(text[a:first], text[last:z]) for (a, z), (first, last) in ends]
+    return spans
+
+
+def check_holds_answer(rendering: Rendering, answer: int, region: Span, spans: list[Span]) -> None:
+    """
+    Requires that of message `answer` nothing that the template writes in `region` is outside of `spans`.
+
+    A template may leave out lines, of reasoning, but not the last one, nor the last call of a message without content.
+
+    Raises:
+        ValueError: If something is.
+    """
+    message = rendering.messages[answer]
+    held = [piece for span in spans for piece in _intersect(span, [region])]
+    borders = [region[0], *(border for piece in held for border in piece), region[1]]
+    outside = _texts(rendering.text, list(zip(borders[::2], borders[1::2], strict=True)))
+    lines = [line.strip() for line in message["content"].splitlines() if line.strip()]
+    names = [call["function"]["name"] for call in message.get("tool_calls", [])[-1:]]
+    position, is_held = region[0], True
+    for line in lines:
+        found = _find_in_spans(line, rendering.text, held, position)
+        position = max(position, found)
+        if found < 0 and (line == lines[-1] or any(line in part for part in outside)):
+            is_held = False
+    for name in names:
+        is_named = _find_in_spans(name, rendering.text, held, region[0]) >= 0
+        is_held &= is_named or (bool(lines) and not any(name in part for part in outside))
+    if not is_held:
+        raise ValueError(
+            f"the template's {{% generation %}} blocks do not hold the answer in message {answer + 1}. "
+            "Put them around the assistant's content, calls and end-of-turn token, outside of macros."
+        )
 
 
 def check_marks_no_others(rendering: Rendering) -> None:
@@ -165,17 +245,32 @@ def check_marks_no_others(rendering: Rendering) -> None:
     Raises:
         ValueError: If it changes, or the template refuses the words.
     """
-    template, tools = rendering.template, rendering.conversation.tools
-    kinds = (bool(tools), *map(_kind, rendering.messages))
+    template = rendering.template
+    kinds = _kinds(rendering)
     if kinds in template.checked_kinds:
         return
-    first, second = (_marked_texts(rendering, word) for word in ("X", "other words"))
+    first, second = (_texts(*_render_marked_others(rendering, word)) for word in ("X", "other words"))
     if first != second:
         raise ValueError(
             "the template's {% generation %} blocks hold more than what the assistant says: their text changes with "
             "what others say. Put them around the assistant's content and end-of-turn token only."
         )
     template.checked_kinds.add(kinds)
+
+
+def find_regions(rendering: Rendering) -> tuple[list[Span], bool]:
+    """What the blocks of each message of the assistant may hold at most, and whether all of it is certain."""
+    answers = _all_answers(rendering.messages)
+    starts = [_earliest_start(rendering, answer) for answer in answers]
+    ends = [_latest_end(rendering, answer, start or 0) for answer, start in zip(answers, starts, strict=True)]
+    regions: list[Span] = []
+    for index, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        if start is None:
+            start = next((known for known in reversed(ends[:index]) if known is not None), 0)
+        if end is None:
+            end = next((known for known in starts[index + 1 :] if known is not None), len(rendering.text))
+        regions.append((start, max(start, end)))
+    return regions, None not in [*starts, *ends]
 
 
 def find_unmarked_answers(rendering: Rendering, answers: list[int], limit: int) -> list[Span]:
@@ -207,7 +302,15 @@ def find_start(rendering: Rendering, answer: int) -> int:
     prompt = _render_or_none(rendering, messages[:answer])
     if prompt is not None and text.startswith(prompt):
         return len(prompt)
-    start = None if answer == 0 else _start_by_header(rendering, answer)
+    start = None
+    if answer > 0 and (headers := _headers(rendering, answer)) is not None:
+        before, between, header = headers
+        if between.startswith(header):
+            start = before + len(header)
+        elif _mark_places(messages[answer])[0] == "content":
+            # The prompt opens a block (for reasoning) that the template leaves out of what has been said, or leaves
+            # empty. The content, at least, is the assistant's.
+            start = before + len(between)
     if start is None:
         raise ValueError(
             f"the template does not say where message {answer + 1} begins: the text of the messages before it, with "
@@ -223,6 +326,54 @@ def find_end(rendering: Rendering, answer: int, start: int) -> int:
     Raises:
         ValueError: If that is not certain.
     """
+    for place, behind, behind_last in _texts_behind(rendering, answer, start):
+        length = _turn_end(rendering, answer, place, behind, behind_last)
+        if length is None and place == "content":
+            # Nothing but the content: the next message begins with a token that ends generation, or there is none.
+            length = _match_length(_any_of(rendering.template.end_tokens), behind) or 0
+        if length is not None:
+            return len(rendering.text) - len(behind) + length
+    raise ValueError(f"the template does not say where message {answer + 1} ends. {REMEDY}")
+
+
+def _earliest_start(rendering: Rendering, answer: int) -> int | None:
+    """
+    Where the prompt of message `answer` ends, as far as the text has it; `None` where that is not certain.
+
+    Unlike `find_start`, it lets a block hold what the template writes between the prompt and the content.
+    """
+    prompt = _render_or_none(rendering, rendering.messages[:answer])
+    if prompt is not None and rendering.text.startswith(prompt):
+        return len(prompt)
+    try:
+        headers = None if answer == 0 else _headers(rendering, answer)
+    except TemplateRefusedError:
+        return None
+    return None if headers is None else headers[0] + _common_length(*headers[1:])
+
+
+def _latest_end(rendering: Rendering, answer: int, start: int) -> int | None:
+    """
+    Where message `answer` ends at the latest; `None` where that is not certain.
+
+    Unlike `find_end`, it lets a block hold an ending that is no token known to end generation: one special token, or
+    what follows the content also if the conversation ends with it.
+    """
+    try:
+        for place, behind, behind_last in _texts_behind(rendering, answer, start):
+            length = _turn_end(rendering, answer, place, behind, behind_last)
+            if length is None and place == "content":
+                length = _match_length(_any_of(rendering.template.special_tokens), behind)
+                length = _common_length(behind, behind_last) if length is None else length
+            if length is not None:
+                return len(rendering.text) - len(behind) + length
+    except TemplateRefusedError:
+        pass
+    return None
+
+
+def _texts_behind(rendering: Rendering, answer: int, start: int) -> Iterator[tuple[str, str, str]]:
+    """Places for a mark, what follows it, and what follows it if the conversation ends with this answer."""
     text, messages = rendering.text, rendering.messages
     for place in _mark_places(messages[answer]):
         mark = _new_mark(rendering)
@@ -232,16 +383,12 @@ def find_end(rendering: Rendering, answer: int, start: int) -> int:
             continue
         is_last = answer == len(messages) - 1
         behind_last = behind if is_last else _text_behind(rendering.render(marked[: answer + 1]), mark)
-        if behind_last is None:
-            continue
-        length = _turn_end(rendering, answer, place, behind, behind_last)
-        if length is not None:
-            return len(text) - len(behind) + length
-    raise ValueError(f"the template does not say where message {answer + 1} ends. {REMEDY}")
+        if behind_last is not None:
+            yield place, behind, behind_last
 
 
-def _start_by_header(rendering: Rendering, answer: int) -> int | None:
-    """The start by what stands between the message before and the answer, with the prompt's header for comparison."""
+def _headers(rendering: Rendering, answer: int) -> tuple[int, str, str] | None:
+    """Where the message before ends, what stands between it and the answer, and what follows it in the prompt."""
     messages, previous = rendering.messages, rendering.messages[answer - 1]
     place = _mark_places(messages[answer])[0]
     if not previous["content"]:
@@ -258,16 +405,12 @@ def _start_by_header(rendering: Rendering, answer: int) -> int | None:
         return None
     if not rendering.text.startswith(before) or not before.endswith(between):
         return None
-    if between.startswith(header):
-        return len(before) - len(between) + len(header)
-    # The prompt opens a block (for reasoning) that the template leaves out of what has been said, or leaves empty.
-    # The content, at least, is the assistant's.
-    return len(before) if place == "content" else None
+    return len(before) - len(between), between, header
 
 
 def _turn_end(rendering: Rendering, answer: int, place: str, behind: str, behind_last: str) -> int | None:
     """
-    How much of the text behind an answer's mark the assistant generates.
+    How much of the text behind an answer's mark the assistant generates, by the token that ends it.
 
     Args:
         place (`str`): Where the mark is, from `_mark_places`.
@@ -285,12 +428,7 @@ def _turn_end(rendering: Rendering, answer: int, place: str, behind: str, behind
     else:
         # What ends the turn cannot be told from what the call quotes.
         length = None
-    if length is not None and behind[:length] == behind_last[:length]:
-        return length
-    if place != "content":
-        return None
-    # Nothing but the content: the next message begins with a token that ends generation, or there is no such token.
-    return _match_length(end_pattern, behind) or 0
+    return length if length is not None and behind[:length] == behind_last[:length] else None
 
 
 def _mark_places(message: dict) -> list[str]:
@@ -364,6 +502,12 @@ def _sole_length(pattern: str, text: str) -> int | None:
     return ends[0] if len(ends) == 1 and not text[ends[0] :].strip() else None
 
 
+def _common_length(first: str, second: str) -> int:
+    """How many characters two texts have in common from their beginning on."""
+    pairs = zip(first, second, strict=False)
+    return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
 def _all_answers(messages: list[dict]) -> list[int]:
     return [index for index, message in enumerate(messages) if message["role"] == "assistant"]
 
@@ -384,17 +528,61 @@ def _kind(message: dict) -> tuple:
     return message["role"], bool(message["content"]), *sorted(message.keys() - {"role", "content"})
 
 
-def _marked_texts(rendering: Rendering, word: str) -> list[str]:
-    """What the blocks hold where everybody but the assistant says `word`, with a number: messages stay distinct."""
+def _kinds(rendering: Rendering) -> tuple:
+    return bool(rendering.conversation.tools), *map(_kind, rendering.messages)
+
+
+def _render_marked_others(rendering: Rendering, word: str) -> tuple[str, list[Span]]:
+    """Text and blocks where everybody but the assistant says `word`, with a number: messages stay distinct."""
     messages = [
         message | {"content": f"{word} {number}"} if message["role"] != "assistant" and message["content"] else message
         for number, message in enumerate(rendering.messages)
     ]
     try:
-        text, spans = rendering.template.render_marked(messages, rendering.conversation.tools)
+        return rendering.template.render_marked(messages, OTHER_TOOLS if rendering.conversation.tools else None)
     except TEMPLATE_ERRORS as error:
         raise ValueError(f"it is not certain what the template's {{% generation %}} blocks hold: {error}") from None
+
+
+def _skeleton(rendering: Rendering, text: str, blocks: list[Span]) -> int | None:
+    """
+    A hash of all that is not the assistant's own: the kinds of messages, the text outside of the blocks, and what is
+    around the content in them. `None` where a content, or the call of a message without, is not in them as it is.
+    """
+    borders = [0, *(border for block in blocks for border in block), len(text)]
+    parts: list[Any] = [_kinds(rendering), rendering.conversation.num_given, len(blocks)]
+    parts += _texts(text, list(zip(borders[::2], borders[1::2], strict=True)))
+    position = 0
+    for answer in _all_answers(rendering.messages):
+        message = rendering.messages[answer]
+        calls = message.get("tool_calls")
+        said = message["content"].strip() or (calls[-1]["function"]["name"] if calls else "")
+        if not said:
+            return None
+        position = _find_in_spans(said, text, blocks, position)
+        if position < 0:
+            return None
+        if not calls and "reasoning_content" not in message:
+            start, end = next(block for block in blocks if position <= block[1])
+            parts += [text[start : position - len(said)], text[position:end]]
+    return hash(tuple(parts))
+
+
+def _have_cuts(texts: list[str], cuts: list[tuple[str, str]]) -> bool:
+    return all(
+        text.startswith(head) and text.endswith(tail) and len(text) >= len(head + tail)
+        for text, (head, tail) in zip(texts, cuts, strict=True)
+    )
+
+
+def _texts(text: str, spans: list[Span]) -> list[str]:
     return [text[start:end] for start, end in spans]
+
+
+def _intersect(span: Span, regions: list[Span]) -> list[Span]:
+    """The parts of `span` that lie in `regions`, which do not overlap."""
+    parts = [(max(span[0], start), min(span[1], end)) for start, end in regions]
+    return [(start, end) for start, end in parts if start < end]
 
 
 def _find_in_spans(line: str, text: str, spans: list[Span], position: int) -> int:
