@@ -11,7 +11,6 @@ import argparse
 import json
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from unittest.mock import patch
 
@@ -19,6 +18,7 @@ import torch
 from harness import write_table
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from eagle3_mla.evaluation.measure import sum_by_depth
 from eagle3_mla.generation import decoder
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
 
@@ -38,8 +38,8 @@ class Tally:
 
     def add(self, stats, is_equal: bool) -> None:
         self.lengths += stats.acceptance_lengths
-        self.tried = [sum(pair) for pair in zip_longest(self.tried, stats.drafted_by_depth, fillvalue=0)]
-        self.accepted = [sum(pair) for pair in zip_longest(self.accepted, stats.accepted_by_depth, fillvalue=0)]
+        self.tried = sum_by_depth([self.tried, stats.drafted_by_depth])
+        self.accepted = sum_by_depth([self.accepted, stats.accepted_by_depth])
         self.num_equal += is_equal
         self.num_texts += 1
 
