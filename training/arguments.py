@@ -38,7 +38,11 @@ BOUNDS = {
         lambda value: 0 <= value < math.inf,
         ("learning_rate", "muon_learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"),
     ),
-    "above 0 and finite": (lambda value: 0 < value < math.inf, ("ttt_decay", "num_train_epochs")),
+    "above 0 and finite": (
+        lambda value: 0 < value < math.inf,
+        ("ttt_decay", "num_train_epochs", "logging_steps", "save_steps", "adam_epsilon"),
+    ),
+    "at least 0 and below 1": (lambda value: 0 <= value < 1, ("adam_beta1", "adam_beta2")),
     f"between 0 and {LARGEST_SEED}": (lambda value: 0 <= value <= LARGEST_SEED, ("seed", "data_seed")),
 }
 # Arguments of the Trainer that need what a draft's training does not have.
