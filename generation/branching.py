@@ -6,7 +6,7 @@ committed tokens and its own ancestors, in a sliding-window layer those that are
 Not every target takes such a mask (FlashAttention has none, ALiBi reads positions off a 2D mask), and none says so:
 `can_branch` tries it on four tokens.
 
-Shapes: N nodes, T committed tokens in the cache, K keys of a layer.
+Shapes: B batch, N nodes, T committed tokens in the cache, K keys of a layer.
 """
 
 import logging
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from .memory import additive_mask
 from .tree import DraftTree
 
 logger = logging.getLogger(__name__)
@@ -42,9 +43,9 @@ def branching_inputs(target: PreTrainedModel, tree: DraftTree, inputs: dict, mod
     """
     cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
     num_committed = cache.get_seq_length()
-    is_token = torch.ones(num_committed, dtype=torch.bool, device=tree.token_ids.device)
+    is_token = torch.ones(len(tree.token_ids), num_committed, dtype=torch.bool, device=tree.token_ids.device)
     if mask is not None:
-        is_token = mask[0, :num_committed].to(is_token)
+        is_token = mask[:, :num_committed].to(is_token)
     return {
         "attention_mask": tree_masks(target, cache, tree, is_token),
         "position_ids": inputs["position_ids"][..., :1] + tree.depths.to(inputs["position_ids"].device),
@@ -52,7 +53,7 @@ def branching_inputs(target: PreTrainedModel, tree: DraftTree, inputs: dict, mod
 
 
 def tree_masks(target: PreTrainedModel, cache: Cache, tree: DraftTree, is_token: Tensor) -> Tensor | dict[str, Tensor]:
-    """One mask `(1, 1, N, K)`, or one for each of the target's layer types."""
+    """One mask `(B, 1, N, K)`, or one for each of the target's layer types."""
     layer_types = getattr(target.config.get_text_config(decoder=True), "layer_types", None) or ["the only one"]
     masks = {
         kind: tree_mask(cache.layers[layer_types.index(kind)], tree, is_token, target.dtype)
@@ -63,23 +64,22 @@ def tree_masks(target: PreTrainedModel, cache: Cache, tree: DraftTree, is_token:
 
 def tree_mask(layer, tree: DraftTree, is_token: Tensor, dtype: torch.dtype) -> Tensor:
     """
-    Who sees which key of a cache layer, `(1, 1, N, K)`, added to the scores.
+    Who sees which key of a cache layer, `(B, 1, N, K)`, added to the scores.
 
     Args:
         layer (`CacheLayerMixin`): Before the nodes are appended.
         tree ([`DraftTree`]): Any tree.
-        is_token (`torch.BoolTensor` of shape `(T,)`): False where a committed position is padding.
+        is_token (`torch.BoolTensor` of shape `(B, T)`): False where a committed position is padding.
         dtype (`torch.dtype`): Of the mask.
     """
-    num_committed, depths = len(is_token), tree.depths
+    num_committed, positions = is_token.shape[1], is_token.shape[1] + tree.depths
     num_keys, first_key = layer.get_mask_sizes(len(tree))
-    positions = torch.cat([torch.arange(num_committed, device=depths.device), num_committed + depths])
-    sees = torch.cat([is_token.expand(len(tree), -1), tree.attends], dim=1)  # (N, T + N)
+    sees = torch.cat([is_token[:, None].expand(-1, len(tree), -1), tree.attends], dim=2)  # (B, N, T + N)
     if layer.is_sliding:
-        sees &= (num_committed + depths)[:, None] - positions < layer.sliding_window
-    sees = sees[:, first_key : first_key + num_keys]
-    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
-    return mask.masked_fill_(~sees, torch.finfo(dtype).min)[None, None]
+        committed = torch.arange(num_committed, device=positions.device).expand_as(is_token)
+        key_positions = torch.cat([committed, positions], dim=1)
+        sees &= positions[..., None] - key_positions[:, None] < layer.sliding_window
+    return additive_mask(sees[..., first_key : first_key + num_keys], dtype)
 
 
 def can_branch(target: PreTrainedModel) -> bool:
@@ -110,9 +110,9 @@ def _why_not(target: PreTrainedModel) -> str | None:
     try:
         tokens = torch.arange(7, device=target.get_input_embeddings().weight.device)
         prompt, root, first, second, third = tokens[:3], *tokens[3:].split(1)
-        tree = DraftTree(tokens[3:], parents=torch.tensor([0, 0, 0, 1], device=tokens.device))
-        branched = _read(target, prompt, tree.token_ids, tree)
-        causal = _read(target, prompt, tree.token_ids, None)
+        tree = DraftTree(tokens[None, 3:], parents=torch.tensor([[0, 0, 0, 1]], device=tokens.device))
+        branched = _read(target, prompt, tokens[3:], tree)
+        causal = _read(target, prompt, tokens[3:], None)
         paths = [_read(target, prompt, torch.cat(path), None) for path in ([root, first, third], [root, second])]
     except Exception as error:  # whatever a target raises for a mask that it does not take
         return f"{type(error).__name__}: {error}"

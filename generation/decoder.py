@@ -19,9 +19,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from .branching import can_branch
 from .caches import cache_bytes, keep_path
-from .drafting import DraftMemory, draft_tree
+from .drafting import draft_tree
+from .memory import DraftMemory
 from .metrics import SpeculationStats
-from .support import check_call, tree_plan
+from .support import check_call, pad_token, tree_plan
 from .transcript import Transcript
 from .verification import accept_path, read_tree
 
@@ -48,14 +49,14 @@ def generate(
     Args:
         target (`PreTrainedModel`): The model whose text is generated.
         draft ([`Eagle3MLADraftModel`]): The head; its `generation_config` says how large the trees are.
-        input_ids (`torch.LongTensor` of shape `(1, T)`): The prompt.
+        input_ids (`torch.LongTensor` of shape `(B, T)`): The prompts, padded on the left.
         logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs:
             As `generate()` prepared them.
         inputs_tensor, tokenizer, assistant_tokenizer:
             Given by `generate()` to every assistant, not needed here.
 
     Returns:
-        `torch.LongTensor` of shape `(1, T + new)`, or `GenerateDecoderOnlyOutput` for `return_dict_in_generate`.
+        `torch.LongTensor` of shape `(B, T + new)`, or `GenerateDecoderOnlyOutput` for `return_dict_in_generate`.
 
     Raises:
         ValueError: If target and draft do not belong together.
@@ -63,13 +64,14 @@ def generate(
 
     **Effects**: `draft.speculation_stats` is replaced. The random generator ends where plain sampling leaves it.
     """
-    check_call(target, draft, input_ids, generation_config, synced_gpus, model_kwargs)
+    check_call(target, draft, generation_config, synced_gpus, model_kwargs)
     wants_output = generation_config.return_dict_in_generate
     transcript = Transcript(
         input_ids,
         logits_processor,
         stopping_criteria,
         do_sample=bool(generation_config.do_sample),
+        pad_token_id=pad_token(generation_config, input_ids),
         scores=() if wants_output and generation_config.output_scores else None,
         logits=() if wants_output and generation_config.output_logits else None,
         streamer=streamer,
@@ -108,8 +110,8 @@ def decode(
     cache = outputs.past_key_values
     # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
     cache.activate_past_recording()
-    memory = first_memory(captured.take(), transcript.input_ids, model_kwargs)
-    stats.target_calls, stats.new_tokens = 1, 1
+    memory = DraftMemory.of_prompt(captured.take(), transcript.input_ids, model_kwargs.get("attention_mask"))
+    stats.target_calls, stats.new_tokens = 1, len(transcript.input_ids)
     transcript.flush()
 
     while not transcript.is_finished:
@@ -117,29 +119,21 @@ def decode(
         if plan.top_k > 1 and not can_branch(target):
             plan = plan.as_chain()
         tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, transcript.noise)
+        if transcript.freezes and len(transcript.input_ids) > 1:
+            tree = tree.with_pads(transcript.is_frozen, transcript.pad_token_id, plan.depth)
         with captured:
             outputs, logits = read_tree(target, tree, transcript, model_kwargs)
         verdict = accept_path(tree, logits, transcript)
 
-        num_kept, path = len(verdict.path), torch.tensor(verdict.path, device=tree.token_ids.device)
-        keep_path(cache, len(tree), path)
+        keep_path(cache, len(tree), verdict.path)
+        num_kept = verdict.path.shape[1]
         model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_kept)
         states = captured.take()
-        memory.await_rows(states[:, path.to(states.device)], transcript.input_ids[:, -num_kept:])
+        rows = verdict.path.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
+        memory.await_rows(states.gather(1, rows), transcript.input_ids[:, -num_kept:])
 
         stats.target_calls += 1
-        stats.record(num_kept, verdict.num_accepted, verdict.num_tried, tree.deepest)
-        stats.drafted_nodes += len(tree) - 1
+        stats.record(verdict.walks, len(tree) - 1, tree.deepest)
         stats.draft_cache_bytes, stats.draft_cache_tokens = cache_bytes(memory.cache), memory.cache.get_seq_length()
         transcript.flush()
     return cache
-
-
-def first_memory(aux_hidden_states: Tensor, input_ids: Tensor, model_kwargs: dict) -> DraftMemory:
-    """The prompt's rows, all pending: states `(1, T, 3 * Dt)` and tokens `(1, T + 1)`, without padding."""
-    tokens = input_ids
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None and mask[0, :-1].any():
-        is_token = mask[0].bool()
-        tokens, aux_hidden_states = tokens[:, is_token], aux_hidden_states[:, is_token[:-1]]
-    return DraftMemory(aux_hidden_states, tokens[:, 1:])

@@ -42,7 +42,6 @@ class TreePlan:
 def check_call(
     target: PreTrainedModel,
     draft,
-    input_ids: Tensor,
     generation_config: GenerationConfig,
     synced_gpus: bool,
     model_kwargs: dict,
@@ -58,11 +57,6 @@ def check_call(
     tree_plan(draft)
     _check_outputs(generation_config)
     _check_cache(generation_config, model_kwargs)
-    if input_ids.shape[0] != 1:
-        raise NotImplementedError(
-            f"The batch must hold 1 sequence for an EAGLE-3 draft, got {input_ids.shape[0]}. Generate row by row, or "
-            "pass no `assistant_model`."
-        )
     if model_kwargs.get("inputs_embeds") is not None:
         raise NotImplementedError("`inputs_embeds` must be None: an EAGLE-3 draft needs the prompt's `input_ids`.")
     if target.config.is_encoder_decoder:
@@ -78,6 +72,12 @@ def check_call(
         raise NotImplementedError(
             "`assistant_ensemble_weight` changes the text and is not supported with an EAGLE-3 draft, pass None."
         )
+
+
+def pad_token(generation_config: GenerationConfig, input_ids: Tensor) -> Tensor | None:
+    """The token that finished sequences get, a scalar on the device of `input_ids`."""
+    token = generation_config._pad_token_tensor
+    return None if token is None else token.to(input_ids.device)
 
 
 def tree_plan(draft) -> TreePlan:

@@ -1,9 +1,12 @@
 """Verification: the target reads all nodes of a tree at once and chooses its own token after each accepted one.
 
-The walk starts at the root. At each node the target's choice is appended to the text; the walk goes to the child that
+The walk starts at the roots. At each node the target's choice is appended to the text; the walk goes to the child that
 holds this token as long as there is one. So every emitted token is the target's own, whatever was drafted.
 
-Shapes: B batch (1), T committed tokens, N nodes, V the target's vocabulary.
+The sequences of a batch walk in step, each in its own tree: the round ends for all with the first one whose choice was
+not drafted.
+
+Shapes: B batch, T committed tokens, N nodes, P nodes on a path, V the target's vocabulary.
 """
 
 from dataclasses import dataclass
@@ -20,17 +23,31 @@ from .tree import DraftTree
 @dataclass(frozen=True)
 class Verdict:
     """
-    What the target decided about one tree.
+    What the target decided about the trees of one round.
 
     Args:
-        path (`list[int]`): The nodes after which a token was emitted, root included.
-        num_accepted (`int`): How many of the emitted tokens had been drafted.
-        num_tried (`int`): After how many of these nodes something had been drafted.
+        path (`torch.LongTensor` of shape `(B, P)`): The nodes after which a token was emitted, root included.
+        walks ([`Walks`]): How far each sequence came, padding not counted.
     """
 
-    path: list[int]
-    num_accepted: int
-    num_tried: int
+    path: Tensor
+    walks: "Walks"
+
+
+@dataclass(frozen=True)
+class Walks:
+    """
+    How far the sequences came that were not finished before the round; a number for each.
+
+    Args:
+        num_emitted (`list[int]`): Tokens emitted, none of them padding.
+        num_accepted (`list[int]`): How many of the emitted tokens had been drafted.
+        num_tried (`list[int]`): After how many of these nodes something had been drafted.
+    """
+
+    num_emitted: list[int]
+    num_accepted: list[int]
+    num_tried: list[int]
 
 
 def read_tree(target: PreTrainedModel, tree: DraftTree, transcript: Transcript, model_kwargs: dict) -> tuple:
@@ -46,10 +63,10 @@ def read_tree(target: PreTrainedModel, tree: DraftTree, transcript: Transcript, 
         model_kwargs (`dict`): The target's generation state, the root's position included.
 
     Returns:
-        The target's output, and logits `(N, V)` in fp32 on the text's device.
+        The target's output, and logits `(B, N, V)` in fp32 on the text's device.
     """
     num_nodes = len(tree)
-    candidate_ids = torch.cat([transcript.input_ids, tree.token_ids[None, 1:]], dim=-1)  # (1, T + N - 1)
+    candidate_ids = torch.cat([transcript.input_ids, tree.token_ids[:, 1:]], dim=-1)  # (B, T + N - 1)
     inputs = target.prepare_inputs_for_generation(
         candidate_ids, next_sequence_length=num_nodes, **extend_inputs(model_kwargs, num_nodes - 1)
     )
@@ -58,7 +75,7 @@ def read_tree(target: PreTrainedModel, tree: DraftTree, transcript: Transcript, 
     if "logits_to_keep" in inputs:
         inputs["logits_to_keep"] = num_nodes
     outputs = target(**inputs, return_dict=True)
-    logits = outputs.logits[0, -num_nodes:]
+    logits = outputs.logits[:, -num_nodes:]
     return outputs, logits.to(dtype=torch.float32, device=candidate_ids.device, copy=True)
 
 
@@ -79,26 +96,29 @@ def extend_inputs(model_kwargs: dict, num_tokens: int) -> dict:
 
 def accept_path(tree: DraftTree, logits: Tensor, transcript: Transcript) -> Verdict:
     """
-    Walks from the root to the child that holds the target's choice, as long as there is one.
+    Walks from the roots to the children that hold the target's choices, as long as every sequence has one.
 
     Args:
-        tree ([`DraftTree`]): Any tree.
-        logits (`torch.Tensor` of shape `(N, V)`): The target's, after each node.
-        transcript ([`Transcript`]): The text up to and including the root.
+        tree ([`DraftTree`]): Any trees; those of frozen sequences are chains of padding.
+        logits (`torch.Tensor` of shape `(B, N, V)`): The target's, after each node.
+        transcript ([`Transcript`]): The text up to and including the roots.
 
     Returns:
         [`Verdict`]
 
-    **Effects**: appends the target's choices to `transcript`, up to the one that ends the text.
+    **Effects**: appends the target's choices to `transcript`, up to those that end the text.
     """
-    children = tree.children()
-    parents = {parent for parent, _ in children}
-    path, num_accepted = [], 0
-    node = 0
-    while node is not None:
-        path.append(node)
-        token = transcript.extend(logits[node : node + 1])
-        child = children.get((node, token))
-        num_accepted += child is not None
-        node = None if transcript.is_finished else child
-    return Verdict(path, num_accepted, num_tried=len(parents.intersection(path)))
+    rows, nodes = torch.arange(len(logits), device=logits.device), logits.new_zeros(len(logits), dtype=torch.long)
+    path, is_emitted, is_accepted = [], [], []
+    goes_on = True
+    while goes_on:
+        path.append(nodes)
+        is_emitted.append(~transcript.is_frozen)
+        has_child, nodes = tree.children(nodes, transcript.extend(logits[rows, nodes]))
+        is_accepted.append(has_child)
+        goes_on = not transcript.is_finished and bool(has_child.all())
+    path, is_emitted = torch.stack(path, dim=1), torch.stack(is_emitted, dim=1)  # (B, P)
+    is_accepted = torch.stack(is_accepted, dim=1) & is_emitted
+    is_tried = tree.has_children.gather(1, path) & is_emitted
+    counts = torch.stack([each.sum(dim=1) for each in (is_emitted, is_accepted, is_tried)])
+    return Verdict(path, Walks(*counts[:, is_emitted[:, 0]].tolist()))

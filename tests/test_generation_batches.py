@@ -1,0 +1,199 @@
+"""Batches: every sequence gets the text of plain generation, whatever the others accept and wherever they end."""
+
+import pytest
+import torch
+from reference_generation import (
+    SETTINGS,
+    TARGETS,
+    VOCAB_SIZE,
+    assert_same_generation,
+    make_draft,
+    make_prompts,
+    run,
+)
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria
+
+from eagle3_mla.generation.drafting import draft_tree
+from eagle3_mla.generation.memory import DraftMemory
+from eagle3_mla.generation.support import TreePlan
+
+LENGTHS = {"short": [5, 2, 4, 1], "beyond-the-window": [12, 9, 14, 3]}
+SHAPES = {"chain": (5, 1, 5), "tree": (12, 3, 4)}
+CELLS = ["greedy", "greedy-processors", "greedy-min-new-tokens", "sample", "sample-warpers", "sample-eos"]
+
+
+def set_shape(draft, shape: str):
+    names = ("num_assistant_tokens", "assistant_tree_top_k", "assistant_tree_depth")
+    for name, value in zip(names, SHAPES[shape], strict=True):
+        setattr(draft.generation_config, name, value)
+    return draft
+
+
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("setting", CELLS)
+@pytest.mark.parametrize("name", TARGETS)
+def test_text_of_a_batch_is_that_of_plain_generation(name, setting, shape, lengths):
+    target, num_accepted = TARGETS[name]().eval(), 0
+    for seed in range(3):
+        draft = set_shape(make_draft(target), shape)
+        assert_same_generation(target, draft, make_prompts(lengths), seed, max_new_tokens=20, **SETTINGS[setting])
+        num_accepted += sum(draft.speculation_stats.accepted_by_depth)
+    assert num_accepted > 0
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    return TARGETS["llama"]().eval()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sequences_may_end_at_very_different_times(llama, shape):
+    """A finished sequence gets padding, which is read like any token; scores and cache say whether it really was."""
+    prompt = make_prompts([5, 2, 4, 1])
+    plain, _ = run(llama, prompt, max_new_tokens=40, do_sample=True)
+    new_tokens = plain.sequences[:, 5:].tolist()
+    ends_first, ends_late = new_tokens[0][2], new_tokens[1][-1]
+    for eos_token_id in [ends_first], [ends_late], [ends_first, ends_late]:
+        draft = set_shape(make_draft(llama), shape)
+        assert_same_generation(llama, draft, prompt, max_new_tokens=40, do_sample=True, eos_token_id=eos_token_id)
+
+
+class CountingProcessor(LogitsProcessor):
+    """Has a state: every third call forbids the best token of every sequence."""
+
+    def __init__(self):
+        self.num_calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.num_calls += 1
+        if self.num_calls % 3 == 0:
+            scores = scores.scatter(-1, scores.argmax(dim=-1, keepdim=True), -float("inf"))
+        return scores
+
+
+class StopRowAtToken(StoppingCriteria):
+    """Stops each sequence after a token of its own, and says so only once."""
+
+    def __init__(self, tokens: list[int]):
+        self.tokens, self.lengths = torch.tensor(tokens), []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.lengths.append(input_ids.shape[1])
+        return input_ids[:, -1] == self.tokens
+
+
+@pytest.mark.parametrize("eos_token_id", [None, [5]], ids=["no-eos", "eos"])
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
+def test_custom_processor_and_criterion_see_plain_generations_calls(llama, do_sample, eos_token_id):
+    prompt, calls = make_prompts([5, 2, 4]), []
+    settings = {"do_sample": do_sample, "eos_token_id": eos_token_id}
+    for assistance in {}, {"assistant_model": set_shape(make_draft(llama), "tree")}:
+        criterion = StopRowAtToken([3, 4, 6])
+        outputs, state = run(
+            llama,
+            prompt,
+            **settings,
+            logits_processor=[CountingProcessor()],
+            stopping_criteria=[criterion],
+            **assistance,
+        )
+        calls.append((outputs.sequences.tolist(), criterion.lengths, state.tolist()))
+    assert calls[0] == calls[1]
+
+
+def test_two_calls_in_a_row_equal_two_plain_calls(llama):
+    draft, prompt = set_shape(make_draft(llama), "tree"), make_prompts([6, 3, 2])
+
+    def two_calls(**assistance):
+        torch.manual_seed(3)
+        settings = {"max_new_tokens": 20, "do_sample": True, "eos_token_id": [5], **assistance}
+        return [llama.generate(**prompt, **settings).tolist() for _ in range(2)]
+
+    assert two_calls(assistant_model=draft) == two_calls()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_mask", [True, False])
+def test_prompts_of_one_length_need_no_padding(llama, shape, with_mask):
+    prompt = make_prompts([5, 5])
+    if not with_mask:
+        del prompt["attention_mask"]
+    assert_same_generation(llama, set_shape(make_draft(llama), shape), prompt, do_sample=True)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masks_of_any_form_give_the_plain_text(llama, shape):
+    mask = torch.tensor([[1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1], [1, 1, 1, 1, 1, 1]])
+    prompt = make_prompts([6] * 4) | {"attention_mask": mask}
+    assert_same_generation(llama, set_shape(make_draft(llama), shape), prompt, do_sample=False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "fields", [{}, {"mla_rope_dim": 4}, {"attention_type": "gqa"}, {"num_hidden_layers": 2}], ids=str
+)
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_sequences_of_a_batch_are_drafted_as_each_alone(fields, top_k):
+    """Rows that see another's slots cost no correctness and much acceptance; nobody would see it."""
+    target = TARGETS["llama"]().eval().double()
+    draft = make_draft(target, **fields).double()
+    plan = TreePlan(num_nodes=8 if top_k > 1 else 3, depth=3, top_k=top_k, confidence_threshold=None)
+    lengths, rounds = [7, 3, 5, 1], [[2, 4, 1, 3], [1, 1, 1, 1], [4, 1, 2, 1]]
+    read = [[random_rows(length) for length in lengths], *([random_rows(count) for count in each] for each in rounds)]
+    batch, alone = None, [None] * len(lengths)
+    for rows in read:
+        batch = await_rows(batch, rows)
+        trees = draft_tree(draft, target, batch, plan, LogitsProcessorList(), None)
+        for row, own in enumerate(rows):
+            alone[row] = await_rows(alone[row], [own])
+            tree = draft_tree(draft, target, alone[row], plan, LogitsProcessorList(), None)
+            assert trees.token_ids[row].tolist() == tree.token_ids[0].tolist()
+            assert trees.parents[row].tolist() == tree.parents[0].tolist()
+            for layer, expected in zip(batch.cache.layers, alone[row].cache.layers, strict=True):
+                kept = batch.num_rows[row]
+                assert kept == alone[row].cache.get_seq_length()
+                for name in "keys", "values":
+                    states, own_states = getattr(layer, name)[row, :, :kept], getattr(expected, name)[0]
+                    torch.testing.assert_close(states, own_states, rtol=1e-9, atol=1e-9)
+    assert batch.cache.get_seq_length() == max(batch.num_rows)
+
+
+def random_rows(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(num_rows, 96).double(), torch.randint(2, VOCAB_SIZE, (num_rows,))
+
+
+def await_rows(memory: DraftMemory | None, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> DraftMemory:
+    """Rows of different counts, padded on the left with what nobody may see."""
+    longest = max(len(tokens) for _, tokens in rows)
+    states = torch.full((len(rows), longest, 96), 1e3).double()
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+    for row, (own_states, own_tokens) in enumerate(rows):
+        states[row, longest - len(own_tokens) :], tokens[row, longest - len(own_tokens) :] = own_states, own_tokens
+    counts = [len(tokens) for _, tokens in rows]
+    if memory is None:
+        return DraftMemory(states, tokens, counts, [0] * len(rows))
+    memory.pending_states, memory.pending_tokens, memory.num_pending = states, tokens, counts
+    return memory
+
+
+def test_statistics_count_the_rounds_of_each_unfinished_sequence(llama):
+    draft, prompt = set_shape(make_draft(llama), "chain"), make_prompts([6, 3, 2])
+    assert_same_generation(llama, draft, prompt, do_sample=True)
+    stats = draft.speculation_stats
+    assert stats.new_tokens == 3 + sum(stats.acceptance_lengths)
+    assert stats.rounds == 3 * (stats.target_calls - 1)
+    assert all(hit <= tried for hit, tried in zip(stats.accepted_by_depth, stats.drafted_by_depth, strict=True))
+
+
+def test_several_texts_of_one_prompt_are_a_batch_that_repeats_it(llama):
+    draft, prompt = make_draft(llama), make_prompts([6])
+    with pytest.raises(ValueError, match="num_return_sequences has to be 1"):
+        llama.generate(**prompt, num_return_sequences=3, do_sample=True, max_new_tokens=5, assistant_model=draft)
+    repeated = {name: tensor.repeat_interleave(3, dim=0) for name, tensor in prompt.items()}
+    torch.manual_seed(0)
+    expected = llama.generate(**prompt, num_return_sequences=3, do_sample=True, max_new_tokens=15)
+    torch.manual_seed(0)
+    assisted = llama.generate(**repeated, do_sample=True, max_new_tokens=15, assistant_model=draft)
+    assert assisted.tolist() == expected.tolist()
