@@ -183,7 +183,7 @@ def test_statistics_count_the_rounds_of_each_unfinished_sequence(llama):
     assert_same_generation(llama, draft, prompt, do_sample=True)
     stats = draft.speculation_stats
     assert stats.new_tokens == 3 + sum(stats.acceptance_lengths)
-    assert stats.rounds == 3 * (stats.target_calls - 1)
+    assert stats.target_calls - 1 < stats.rounds < 3 * (stats.target_calls - 1)  # those that are full do not count
     assert all(hit <= tried for hit, tried in zip(stats.accepted_by_depth, stats.drafted_by_depth, strict=True))
 
 
