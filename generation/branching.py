@@ -70,20 +70,31 @@ def tree_masks(
     target: PreTrainedModel, cache: Cache, tree: DraftTree, is_token: Tensor, slots: Tensor
 ) -> Tensor | dict[str, Tensor]:
     """One mask `(B, 1, N, K)`, or one for each of the target's layer types."""
-    layer_types = getattr(target.config.get_text_config(decoder=True), "layer_types", None) or ["the only one"]
-    masks = {
-        kind: tree_mask(cache.layers[layer_types.index(kind)], tree, is_token, slots, target.dtype)
-        for kind in dict.fromkeys(layer_types)
-    }
+    config = target.config.get_text_config(decoder=True)
+    layer_types = getattr(config, "layer_types", None) or ["the only one"]
+    masks = {}
+    for kind in dict.fromkeys(layer_types):
+        layer = cache.layers[layer_types.index(kind)]
+        masks[kind] = tree_mask(layer, window_of(layer, kind, config), tree, is_token, slots, target.dtype)
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def tree_mask(layer, tree: DraftTree, is_token: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+def window_of(layer, kind: str, config) -> int | None:
+    """The sliding window of a kind of layers, also where the cache was made without knowing of it."""
+    if layer.is_sliding:
+        return layer.sliding_window
+    return None if kind == "full_attention" else getattr(config, "sliding_window", None)
+
+
+def tree_mask(
+    layer, window: int | None, tree: DraftTree, is_token: Tensor, slots: Tensor, dtype: torch.dtype
+) -> Tensor:
     """
     Who sees which key of a cache layer, `(B, 1, N, K)`, added to the scores.
 
     Args:
         layer (`CacheLayerMixin`): Before the nodes are appended.
+        window (`int`, *optional*): How many tokens are seen, itself included; `None`: all.
         tree ([`DraftTree`]): Any tree.
         is_token (`torch.BoolTensor` of shape `(B, T)`): Whether a slot of the cache holds a token of its sequence.
         slots (`torch.LongTensor` of shape `(B, N)`): Where each node would stand if its path were the text.
@@ -91,10 +102,10 @@ def tree_mask(layer, tree: DraftTree, is_token: Tensor, slots: Tensor, dtype: to
     """
     num_keys, first_key = layer.get_mask_sizes(len(tree))
     sees = torch.cat([is_token[:, None].expand(-1, len(tree), -1), tree.attends], dim=2)  # (B, N, T + N)
-    if layer.is_sliding:
+    if window is not None:
         committed = torch.arange(is_token.shape[1], device=slots.device).expand_as(is_token)
         key_slots = torch.cat([committed, slots], dim=1)
-        sees &= slots[..., None] - key_slots[:, None] < layer.sliding_window
+        sees &= slots[..., None] - key_slots[:, None] < window
     return additive_mask(sees[..., first_key : first_key + num_keys], dtype)
 
 

@@ -18,6 +18,7 @@ from reference_generation import (
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
     LogitsProcessor,
@@ -216,6 +217,20 @@ def test_cache_of_a_batch_is_that_of_a_text_that_never_branched(name, shape, mod
     assert assisted.sequences.tolist() == plain.sequences.tolist()
     assert_same_cache(assisted.past_key_values, plain.past_key_values, tolerance=1e-10)
     assert modes == [RaggedTexts]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window-8", "gemma3-window-8"])
+@pytest.mark.parametrize("lengths", [[14], [14, 9, 3]], ids=["B1", "B3"])
+def test_cache_made_without_a_config_has_the_windows_of_the_target(name, lengths):
+    """Such a cache holds the whole text in every layer; the mask alone says what a window shows."""
+    target = TARGETS[name]().eval()
+    draft, prompt = set_shape(make_draft(target), "tree"), make_prompts(lengths)
+    texts = []
+    for assistance in {}, {"assistant_model": draft}:
+        torch.manual_seed(0)
+        settings = {"max_new_tokens": 20, "do_sample": True, "past_key_values": DynamicCache(), **assistance}
+        texts.append(target.generate(**prompt, **settings).tolist())
+    assert texts[0] == texts[1]
 
 
 def test_positions_stay_within_those_that_the_target_has():
