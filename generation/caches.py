@@ -31,6 +31,7 @@ def keep_path(
     path: Tensor,
     lengths: list[int] | None = None,
     num_kept: list[int] | None = None,
+    is_chain: bool = False,
 ) -> None:
     """
     Keeps those of the newest `num_nodes` positions that `path` names, and drops the others.
@@ -41,6 +42,7 @@ def keep_path(
         path (`torch.LongTensor` of shape `(B, P)`): Indices among them, in rising order.
         lengths (`list[int]`, *optional*): Where each sequence goes on; `None`: all where the newest positions begin.
         num_kept (`list[int]`, *optional*): How much of its path each sequence keeps; `None`: all of it.
+        is_chain (`bool`, *optional*, defaults to `False`): Whether the paths are known to be the first positions.
 
     **Effects**: moves what is kept and shortens `cache` to the longest sequence.
     """
@@ -48,7 +50,7 @@ def keep_path(
     if lengths is None:
         lengths, num_kept = [num_before] * len(path), [path.shape[1]] * len(path)
     longest = max(length + kept for length, kept in zip(lengths, num_kept, strict=True))
-    is_moved = path.shape[1] < num_nodes or min(lengths) < num_before
+    is_moved = not is_chain or min(lengths) < num_before
     for layer in cache.layers if is_moved else ():
         if layer.is_initialized:
             # A sliding window holds the newest slots only.

@@ -11,6 +11,8 @@ has been chosen but not read.
 Source: EAGLE-3, arXiv:2503.01840.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -22,9 +24,12 @@ from .caches import cache_bytes, keep_path
 from .drafting import draft_tree
 from .memory import DraftMemory
 from .metrics import SpeculationStats
-from .support import check_call, pad_token, tree_plan
+from .ragged import RaggedTexts
+from .support import check_call, may_differ_in_length, pad_token, tree_plan
 from .transcript import Transcript
-from .verification import accept_path, read_tree
+from .tree import DraftTree
+from .verification import TextsInStep, Verdict, read_tree
+from .windows import forget_unseen, uneven_windows
 
 
 @torch.no_grad()
@@ -114,26 +119,51 @@ def decode(
     stats.target_calls, stats.new_tokens = 1, len(transcript.input_ids)
     transcript.flush()
 
-    while not transcript.is_finished:
-        plan = tree_plan(draft).at_most(transcript.max_new_tokens - 1)
-        if plan.top_k > 1 and not can_branch(target):
-            plan = plan.as_chain()
-        tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, transcript.noise)
-        if transcript.freezes and len(transcript.input_ids) > 1:
-            tree = tree.with_pads(transcript.is_frozen, transcript.pad_token_id, plan.depth)
-        with captured:
-            outputs, logits = read_tree(target, tree, transcript, model_kwargs)
-        verdict = accept_path(tree, logits, transcript)
+    texts = RaggedTexts(transcript) if may_differ_in_length(target, transcript) else TextsInStep(transcript)
+    max_length = transcript.stopping_criteria.max_length
+    with uneven_windows(cache) if texts.lengths else nullcontext():
+        while not transcript.is_finished:
+            plan = tree_plan(draft).at_most(transcript.max_new_tokens - 1)
+            if plan.top_k > 1 and not can_branch(target):
+                plan = plan.as_chain()
+            tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, texts.noise)
+            tree = texts.fit(tree, plan.depth)
+            with captured:
+                outputs, logits = read_tree(target, tree, texts.ids, model_kwargs, texts.lengths, max_length)
+            verdict = texts.accept(tree, logits)
+            model_kwargs = keep(target, tree, verdict, outputs, model_kwargs)
+            memory.await_rows(along(verdict.path, captured.take()), verdict.tokens, verdict.num_kept)
 
-        keep_path(cache, len(tree), verdict.path)
-        num_kept = verdict.path.shape[1]
-        model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_kept)
-        states = captured.take()
-        rows = verdict.path.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
-        memory.await_rows(states.gather(1, rows), transcript.input_ids[:, -num_kept:])
-
-        stats.target_calls += 1
-        stats.record(verdict.walks, len(tree) - 1, tree.deepest)
-        stats.draft_cache_bytes, stats.draft_cache_tokens = cache_bytes(memory.cache), memory.cache.get_seq_length()
-        transcript.flush()
+            stats.target_calls += 1
+            stats.record(verdict.walks, len(tree) - 1, tree.deepest)
+            stats.draft_cache_bytes, stats.draft_cache_tokens = (
+                cache_bytes(memory.cache),
+                memory.cache.get_seq_length(),
+            )
+            transcript.flush()
+    stats.new_tokens -= texts.num_discarded
     return cache
+
+
+def keep(target: PreTrainedModel, tree: DraftTree, verdict: Verdict, outputs, model_kwargs: dict) -> dict:
+    """
+    Lets the target forget what was not accepted.
+
+    Returns:
+        `dict`: Its generation state for the longest sequence.
+
+    **Effects**: shortens the cache.
+    """
+    cache = outputs.past_key_values
+    num_before = cache.get_seq_length() - len(tree)
+    keep_path(cache, len(tree), verdict.path, verdict.lengths, verdict.num_kept, tree.is_chain)
+    forget_unseen(cache, min(map(sum, zip(verdict.lengths, verdict.num_kept, strict=True))))
+    num_new = cache.get_seq_length() - num_before
+    if num_new > 0:
+        model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_new)
+    return model_kwargs
+
+
+def along(path: Tensor, states: Tensor) -> Tensor:
+    """The states of a path, `(B, P)` and `(B, N, D)` -> `(B, P, D)`."""
+    return states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))

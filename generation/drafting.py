@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from .caches import forget_last
 from .memory import DraftMemory, additive_mask
-from .sampling import Noise, stateless_warpers
+from .sampling import Noise, RowNoise, stateless_warpers
 from .support import TreePlan
 from .tree import DraftTree, build_chain, build_tree
 
@@ -41,7 +41,7 @@ def draft_tree(
     memory: DraftMemory,
     plan: TreePlan,
     logits_processor: LogitsProcessorList,
-    noise: Noise | None,
+    noise: Noise | RowNoise | None,
 ) -> DraftTree:
     """
     What the draft expects after the newest committed token (EAGLE-2, arXiv:2406.16858).
@@ -98,7 +98,7 @@ def draft_tree(
     if plan.top_k == 1:
         return build_chain(torch.cat([root, proposals], dim=1))
     parents, scores = torch.cat(parents, dim=1).to(root.device), torch.cat(scores, dim=1).to(root.device)
-    return build_tree(root, proposals, parents, scores, plan.num_nodes)
+    return build_tree(root, proposals, parents, scores, plan.num_nodes, max_depth=len(token_ids))
 
 
 def tree_inputs(memory: DraftMemory, frontier: Frontier, num_slots: int, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -119,7 +119,9 @@ def tree_inputs(memory: DraftMemory, frontier: Frontier, num_slots: int, dtype: 
     }
 
 
-def expected_log_probs(draft, logits: Tensor, warpers: LogitsProcessorList, noise: Noise | None, ahead: int) -> Tensor:
+def expected_log_probs(
+    draft, logits: Tensor, warpers: LogitsProcessorList, noise: Noise | RowNoise | None, ahead: int
+) -> Tensor:
     """
     Log-probability of each draft id to be the target's choice, fp32, given the draft's logits `(B, W, Vd)`.
 

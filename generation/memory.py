@@ -75,11 +75,27 @@ class DraftMemory:
         """Whether they also have equally many pending: then these see each other by causal attention."""
         return self.has_even_rows and len(set(self.num_pending)) == 1
 
-    def await_rows(self, states: Tensor, tokens: Tensor) -> None:
-        """Adds accepted rows to the pending ones, equally many to each sequence."""
+    def await_rows(self, states: Tensor, tokens: Tensor, num_new: list[int]) -> None:
+        """
+        Adds accepted rows to the pending ones.
+
+        Args:
+            states (`torch.Tensor` of shape `(B, P, 3 * Dt)`): The target's.
+            tokens (`torch.LongTensor` of shape `(B, P)`): For each of them the token that follows.
+            num_new (`list[int]`): How many of a sequence's rows are meant; they are the first ones.
+        """
+        states, tokens = states[:, : max(num_new)], tokens[:, : max(num_new)]
+        num_before = self.pending_tokens.shape[1]
         self.pending_states = torch.cat([self.pending_states, states], dim=1)
         self.pending_tokens = torch.cat([self.pending_tokens, tokens], dim=1)
-        self.num_pending = [count + tokens.shape[1] for count in self.num_pending]
+        self.num_pending = [count + new for count, new in zip(self.num_pending, num_new, strict=True)]
+        if len(set(num_new)) > 1:
+            longest, device = max(self.num_pending), self.pending_tokens.device
+            ends = num_before + torch.tensor(num_new, device=device)[:, None]
+            rows = (ends - longest + torch.arange(longest, device=device)).clamp(min=0)  # (B, M)
+            self.pending_tokens = self.pending_tokens.gather(1, rows)
+            rows = rows.to(self.pending_states.device)[..., None]
+            self.pending_states = self.pending_states.gather(1, rows.expand(-1, -1, self.pending_states.shape[-1]))
 
     def read(self, draft, target: PreTrainedModel):
         """

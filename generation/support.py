@@ -3,13 +3,47 @@
 Everything that `generate()` accepts and that has no exact assisted form is refused here by name, never approximated.
 """
 
+import logging
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.generation import logits_process, stopping_criteria
+
+from .branching import can_branch
+from .sampling import STATELESS_WARPERS, is_stateless
+from .transcript import Transcript
+
+logger = logging.getLogger(__name__)
 
 # Depth of the trees with which EAGLE-2 and EAGLE-3 are reported.
 DEFAULT_TREE_DEPTH = 7
+_reasons_given: set[str] = set()
+# Processors and criteria of transformers that are functions of one sequence's text: no state, no random numbers, no
+# functions of the user's (`prefix_allowed_tokens_fn` may know which texts it will see).
+PREFIX_PROCESSORS = (
+    logits_process.EncoderNoRepeatNGramLogitsProcessor,
+    logits_process.EncoderRepetitionPenaltyLogitsProcessor,
+    logits_process.ExponentialDecayLengthPenalty,
+    logits_process.ForcedBOSTokenLogitsProcessor,
+    logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+    logits_process.SuppressTokensLogitsProcessor,
+)
+STOCK_CRITERIA = (
+    stopping_criteria.EosTokenCriteria,
+    stopping_criteria.MaxLengthCriteria,
+    stopping_criteria.MaxTimeCriteria,
+    stopping_criteria.StopStringCriteria,
+)
 
 
 @dataclass(frozen=True)
@@ -72,6 +106,30 @@ def check_call(
         raise NotImplementedError(
             "`assistant_ensemble_weight` changes the text and is not supported with an EAGLE-3 draft, pass None."
         )
+
+
+def may_differ_in_length(target: PreTrainedModel, transcript: Transcript) -> bool:
+    """
+    Whether every sequence may go on at its own pace, or must wait for the others at every token.
+
+    A single sequence waits for nobody: there it decides whether the target chooses at all nodes at once.
+
+    **Effects**: where a batch must go on in step, the log says so once, with the reason.
+    """
+    criteria = [type(each).__name__ for each in transcript.stopping_criteria if type(each) not in STOCK_CRITERIA]
+    if len(transcript.input_ids) == 1:
+        return not criteria and all(map(is_stateless, transcript.logits_processor))
+    known = STATELESS_WARPERS + PREFIX_PROCESSORS
+    others = criteria + [type(each).__name__ for each in transcript.logits_processor if type(each) not in known]
+    reason = None
+    if others:
+        reason = f"{', '.join(others)} may depend on how often or in which order texts are shown"
+    elif not can_branch(target):
+        reason = f"{type(target).__name__} takes no masks for sequences of different lengths"
+    if reason is not None and reason not in _reasons_given:
+        _reasons_given.add(reason)
+        logger.warning("The sequences of the batch accept equally many draft tokens per round: %s.", reason)
+    return reason is None
 
 
 def pad_token(generation_config: GenerationConfig, input_ids: Tensor) -> Tensor | None:

@@ -77,14 +77,25 @@ class Transcript:
         tokens = choose_token(scores, self.noise.spend() if self.do_sample else None)
         if self.freezes and len(tokens) > 1:
             tokens = torch.where(self.is_done, self.pad_token_id, tokens)
-        self.input_ids = torch.cat([self.input_ids, tokens[:, None]], dim=-1)
+        self.commit(torch.cat([self.input_ids, tokens[:, None]], dim=-1), scores, raw_logits)
+        self.is_finished = bool(self.is_done.all())
+        return tokens
+
+    def commit(self, input_ids: Tensor, scores: Tensor | None, logits: Tensor | None) -> None:
+        """
+        Takes over `input_ids (B, T + 1)`, one token longer, and asks the criteria.
+
+        Args:
+            scores, logits (`torch.Tensor` of shape `(B, V)`, *optional*): Of that token, where they are wanted.
+
+        **Effects**: `is_done` is up to date; whether all are done is left to the caller.
+        """
+        self.input_ids = input_ids
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
-            self.logits += (raw_logits,)
+            self.logits += (logits,)
         self.is_done = self.is_done | self.stopping_criteria(self.input_ids, self.scores)
-        self.is_finished = bool(self.is_done.all())
-        return tokens
 
     def flush(self) -> None:
         """Hands the tokens that were appended since the last call to the streamer, one by one."""

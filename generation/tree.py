@@ -7,7 +7,7 @@ same number of nodes.
 Shapes: B batch, N nodes, M candidates.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -23,11 +23,13 @@ class DraftTree:
         token_ids (`torch.LongTensor` of shape `(B, N)`): Target ids; the root's first.
         parents (`torch.LongTensor` of shape `(B, N)`): Index of the parent; the root's is 0.
         is_chain (`bool`): Whether every node is known to continue the one before it.
+        max_depth (`int`, *optional*): Where it is known that no node is deeper.
     """
 
     token_ids: Tensor
     parents: Tensor
     is_chain: bool = False
+    max_depth: int | None = None
 
     def __len__(self) -> int:
         return self.token_ids.shape[1]
@@ -37,6 +39,8 @@ class DraftTree:
         """Who sees whom, bool `(B, N, N)`: a node sees itself and whatever its parent sees."""
         num_nodes, device = len(self), self.token_ids.device
         nodes = torch.arange(num_nodes, device=device)
+        if self.is_chain:
+            return (nodes <= nodes[:, None]).expand(len(self.token_ids), -1, -1)
         sees = (nodes == nodes[:, None]) | (nodes == self.parents[..., None])
         num_generations = 1
         while num_generations < num_nodes:  # each product doubles how far up a node sees
@@ -51,8 +55,10 @@ class DraftTree:
 
     @property
     def deepest(self) -> int:
-        """Depth of the deepest node."""
-        return len(self) - 1 if self.is_chain else int(self.depths.max())
+        """Depth of the deepest node, or a bound on it."""
+        if self.is_chain:
+            return len(self) - 1
+        return min(self.max_depth, len(self) - 1) if self.max_depth is not None else int(self.depths.max())
 
     @cached_property
     def has_children(self) -> Tensor:
@@ -82,15 +88,23 @@ class DraftTree:
         Args:
             is_frozen (`torch.BoolTensor` of shape `(B,)`): The rows that get padding.
             pad_token_id (`torch.LongTensor` of shape `()`): Its token.
-            depth (`int`): Length of the chains; nodes beyond hang under the root, where nobody ever comes.
+            depth (`int`): Length of the chains; nodes beyond hang under the root with another token.
         """
         nodes = torch.arange(len(self), device=self.parents.device)
-        pads = torch.where(nodes > 0, pad_token_id, self.token_ids)
+        pads = torch.where(nodes <= depth, pad_token_id, (pad_token_id == 0).long())
+        pads = torch.where(nodes > 0, pads, self.token_ids)
         chain = torch.where(nodes <= depth, nodes - 1, 0).clamp(min=0)
         is_frozen = is_frozen[:, None]
         return DraftTree(
-            torch.where(is_frozen, pads, self.token_ids), torch.where(is_frozen, chain, self.parents), self.is_chain
+            torch.where(is_frozen, pads, self.token_ids),
+            torch.where(is_frozen, chain, self.parents),
+            self.is_chain,
+            depth,
         )
+
+    def with_roots(self, roots: Tensor) -> "DraftTree":
+        """The same trees after other tokens `(B, 1)`."""
+        return replace(self, token_ids=torch.cat([roots, self.token_ids[:, 1:]], dim=1))
 
 
 def build_chain(token_ids: Tensor) -> DraftTree:
@@ -99,7 +113,9 @@ def build_chain(token_ids: Tensor) -> DraftTree:
     return DraftTree(token_ids, parents=(nodes - 1).clamp(min=0).expand_as(token_ids), is_chain=True)
 
 
-def build_tree(root: Tensor, token_ids: Tensor, parents: Tensor, scores: Tensor, num_nodes: int) -> DraftTree:
+def build_tree(
+    root: Tensor, token_ids: Tensor, parents: Tensor, scores: Tensor, num_nodes: int, max_depth: int | None = None
+) -> DraftTree:
     """
     The root and the best of its candidate descendants (EAGLE-2, arXiv:2406.16858, Section 4.2).
 
@@ -112,10 +128,13 @@ def build_tree(root: Tensor, token_ids: Tensor, parents: Tensor, scores: Tensor,
         parents (`torch.LongTensor` of shape `(B, M)`): Index of the parent among them; -1 is the root.
         scores (`torch.Tensor` of shape `(B, M)`): Log-probability of the path to each, fp32.
         num_nodes (`int`): Candidates that are kept, at most.
+        max_depth (`int`, *optional*): Depth of the deepest candidate.
     """
     kept = scores.sort(dim=1, descending=True, stable=True).indices[:, :num_nodes].sort(dim=1).values  # (B, N - 1)
     parents = parents.gather(1, kept)
     parents = torch.where(parents < 0, 0, torch.searchsorted(kept, parents) + 1)
     return DraftTree(
-        torch.cat([root, token_ids.gather(1, kept)], dim=1), torch.cat([torch.zeros_like(root), parents], dim=1)
+        torch.cat([root, token_ids.gather(1, kept)], dim=1),
+        torch.cat([torch.zeros_like(root), parents], dim=1),
+        max_depth=max_depth,
     )

@@ -16,22 +16,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .branching import branching_inputs
+from .sampling import Noise
 from .transcript import Transcript
 from .tree import DraftTree
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """
-    What the target decided about the trees of one round.
-
-    Args:
-        path (`torch.LongTensor` of shape `(B, P)`): The nodes after which a token was emitted, root included.
-        walks ([`Walks`]): How far each sequence came, padding not counted.
-    """
-
-    path: Tensor
-    walks: "Walks"
 
 
 @dataclass(frozen=True)
@@ -50,28 +37,58 @@ class Walks:
     num_tried: list[int]
 
 
-def read_tree(target: PreTrainedModel, tree: DraftTree, transcript: Transcript, model_kwargs: dict) -> tuple:
+@dataclass(frozen=True)
+class Verdict:
     """
-    One forward of the target over a tree, appended to its cache.
+    What the target decided about the trees of one round.
 
-    A chain needs no mask of its own: causal attention is what its nodes see of each other.
+    Args:
+        path (`torch.LongTensor` of shape `(B, P)`): The nodes after which a token was emitted, root first.
+        tokens (`torch.LongTensor` of shape `(B, P)`): These tokens.
+        walks ([`Walks`]): How far each sequence came, padding not counted.
+        lengths (`list[int]`): Where in the cache each sequence goes on.
+        num_kept (`list[int]`): How much of its path each sequence keeps.
+    """
+
+    path: Tensor
+    tokens: Tensor
+    walks: Walks
+    lengths: list[int]
+    num_kept: list[int]
+
+
+def read_tree(
+    target: PreTrainedModel,
+    tree: DraftTree,
+    ids: Tensor,
+    model_kwargs: dict,
+    lengths: list[int] | None = None,
+    max_length: int | None = None,
+) -> tuple:
+    """
+    One forward of the target over the trees, appended to its cache.
+
+    A chain needs no mask of its own: causal attention is what its nodes see of each other, unless sequences differ in
+    length.
 
     Args:
         target (`PreTrainedModel`): The target.
-        tree ([`DraftTree`]): The root and its proposals.
-        transcript ([`Transcript`]): The text up to and including the root.
-        model_kwargs (`dict`): The target's generation state, the root's position included.
+        tree ([`DraftTree`]): The roots and their proposals.
+        ids (`torch.LongTensor` of shape `(B, T)`): The texts, with the root of the longest.
+        model_kwargs (`dict`): The target's generation state, that root's position included.
+        lengths (`list[int]`, *optional*): Tokens of each sequence in the cache; `None`: all have as many.
+        max_length (`int`, *optional*): Tokens that a sequence may have in the end.
 
     Returns:
         The target's output, and logits `(B, N, V)` in fp32 on the text's device.
     """
     num_nodes = len(tree)
-    candidate_ids = torch.cat([transcript.input_ids, tree.token_ids[:, 1:]], dim=-1)  # (B, T + N - 1)
+    candidate_ids = torch.cat([ids[:, :-1], tree.token_ids], dim=-1)  # (B, T + N - 1)
     inputs = target.prepare_inputs_for_generation(
         candidate_ids, next_sequence_length=num_nodes, **extend_inputs(model_kwargs, num_nodes - 1)
     )
-    if not tree.is_chain:
-        inputs |= branching_inputs(target, tree, inputs, model_kwargs)
+    if not tree.is_chain or lengths is not None:
+        inputs |= branching_inputs(target, tree, inputs, model_kwargs, lengths, max_length)
     if "logits_to_keep" in inputs:
         inputs["logits_to_keep"] = num_nodes
     outputs = target(**inputs, return_dict=True)
@@ -109,16 +126,53 @@ def accept_path(tree: DraftTree, logits: Tensor, transcript: Transcript) -> Verd
     **Effects**: appends the target's choices to `transcript`, up to those that end the text.
     """
     rows, nodes = torch.arange(len(logits), device=logits.device), logits.new_zeros(len(logits), dtype=torch.long)
-    path, is_emitted, is_accepted = [], [], []
-    goes_on = True
+    path, tokens, is_emitted, is_accepted = [], [], [], []
+    num_read, goes_on = transcript.input_ids.shape[1] - 1, True
     while goes_on:
         path.append(nodes)
         is_emitted.append(~transcript.is_frozen)
-        has_child, nodes = tree.children(nodes, transcript.extend(logits[rows, nodes]))
+        tokens.append(transcript.extend(logits[rows, nodes]))
+        has_child, nodes = tree.children(nodes, tokens[-1])
         is_accepted.append(has_child)
         goes_on = not transcript.is_finished and bool(has_child.all())
-    path, is_emitted = torch.stack(path, dim=1), torch.stack(is_emitted, dim=1)  # (B, P)
+    path, tokens, is_emitted = (torch.stack(each, dim=1) for each in (path, tokens, is_emitted))  # (B, P)
     is_accepted = torch.stack(is_accepted, dim=1) & is_emitted
     is_tried = tree.has_children.gather(1, path) & is_emitted
     counts = torch.stack([each.sum(dim=1) for each in (is_emitted, is_accepted, is_tried)])
-    return Verdict(path, Walks(*counts[:, is_emitted[:, 0]].tolist()))
+    walks, (batch_size, num_steps) = Walks(*counts[:, is_emitted[:, 0]].tolist()), path.shape
+    return Verdict(path, tokens, walks, [num_read] * batch_size, [num_steps] * batch_size)
+
+
+class TextsInStep:
+    """
+    The texts of a batch that always have the same length: any processor, criterion and target will do.
+
+    Args:
+        transcript ([`Transcript`]): With the first new token.
+    """
+
+    lengths = None
+    num_discarded = 0
+
+    def __init__(self, transcript: Transcript):
+        self.transcript = transcript
+
+    @property
+    def ids(self) -> Tensor:
+        """The texts `(B, T)`."""
+        return self.transcript.input_ids
+
+    @property
+    def noise(self) -> Noise | None:
+        """Noise of the coming tokens."""
+        return self.transcript.noise
+
+    def fit(self, tree: DraftTree, depth: int) -> DraftTree:
+        """`tree`, and a chain of padding, `depth` deep, for the sequences that are finished."""
+        if not self.transcript.freezes or len(self.ids) == 1:
+            return tree
+        return tree.with_pads(self.transcript.is_frozen, self.transcript.pad_token_id, depth)
+
+    def accept(self, tree: DraftTree, logits: Tensor) -> Verdict:
+        """See [`accept_path`]."""
+        return accept_path(tree, logits, self.transcript)

@@ -176,7 +176,7 @@ def test_chain_is_the_tree_in_which_each_node_continues_the_last():
 def test_sequence_that_gets_padding_has_a_chain_of_it():
     tree = DraftTree(torch.tensor([[5, 6, 7, 6, 8]] * 2), torch.tensor([[0, 0, 0, 1, 3]] * 2))
     padded = tree.with_pads(torch.tensor([False, True]), torch.tensor(9), depth=3)
-    assert padded.token_ids.tolist() == [[5, 6, 7, 6, 8], [5, 9, 9, 9, 9]]
+    assert padded.token_ids.tolist() == [[5, 6, 7, 6, 8], [5, 9, 9, 9, 0]]
     assert padded.parents.tolist() == [[0, 0, 0, 1, 3], [0, 0, 1, 2, 0]]
 
 
