@@ -201,6 +201,7 @@ def summarise(comparisons: list[Comparison]) -> dict[str, Any]:
         "plain_tokens_per_second": plain_rate,
         "assisted_tokens_per_second": assisted_rate,
         "speedup": assisted_rate / plain_rate,
+        **sum_seconds(stats),
         "lossless": not divergences,
         "num_divergent": len(divergences),
         "first_divergence": vars(divergences[0]) if divergences else None,
@@ -209,6 +210,14 @@ def summarise(comparisons: list[Comparison]) -> dict[str, Any]:
         "num_rounds": len(round_lengths),
         "num_tokens": num_tokens,
     }
+
+
+def sum_seconds(stats: list) -> dict[str, float]:
+    """Seconds of the assisted calls, and the share of the rounds in which neither model was in a forward."""
+    parts = ("prefill_seconds", "draft_seconds", "target_seconds", "host_seconds")
+    seconds = {name: sum(getattr(one, name) for one in stats) for name in parts}
+    in_rounds = sum(seconds.values()) - seconds["prefill_seconds"]
+    return seconds | {"host_share": seconds["host_seconds"] / in_rounds if in_rounds else 0.0}
 
 
 def tokens_per_second(runs: list[Run]) -> float:

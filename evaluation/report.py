@@ -9,7 +9,9 @@
 Keys of `results.json`: `acceptance_length` (tokens committed per round, bonus token included), `acceptance_by_depth`
 (of the drafted tokens of a depth whose parent was accepted, the share that was accepted; counts in `drafted_by_depth`
 and `accepted_by_depth`), `target_calls_per_token`, `plain_tokens_per_second`, `assisted_tokens_per_second`, `speedup`
-(their ratio), `lossless` (every text equal to the plain one), `num_divergent` and `first_divergence`, `num_prompts`,
+(their ratio), `prefill_seconds`, `draft_seconds`, `target_seconds`, `host_seconds` (of the assisted calls: the
+prompts, then in the rounds the draft's forwards, the target's, and the rest), `host_share` (of the rest in the
+rounds), `lossless` (every text equal to the plain one), `num_divergent` and `first_divergence`, `num_prompts`,
 `num_texts`, `num_rounds`, `num_tokens`, `draft_cache_bytes_per_token`, `standard_cache_bytes_per_token` (of a standard
 head of the same shape), `settings`.
 """
@@ -132,11 +134,19 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokens per second, plain", f"{results['plain_tokens_per_second']:.1f}"),
         ("tokens per second, assisted", f"{results['assisted_tokens_per_second']:.1f}"),
         ("speedup", f"{results['speedup']:.2f}x"),
+        ("a round: draft, target, rest", round_milliseconds(results)),
         ("lossless", "yes" if results["lossless"] else "no"),
         ("prompts, texts, tokens", f"{results['num_prompts']}, {results['num_texts']}, {results['num_tokens']}"),
         ("draft cache, bytes per token", f"{draft_bytes:g}"),
         ("standard head's cache, bytes per token", f"{standard_bytes:g} ({standard_bytes / draft_bytes:.1f}x)"),
     ]
+
+
+def round_milliseconds(results: dict[str, Any]) -> str:
+    """Mean milliseconds of a round's parts."""
+    parts = (results[name] for name in ("draft_seconds", "target_seconds", "host_seconds"))
+    texts = (f"{1000 * seconds / max(results['num_rounds'], 1):.2f}" for seconds in parts)
+    return f"{', '.join(texts)} ms (rest {results['host_share']:.0%})"
 
 
 def print_report(console: Console, results: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from .caches import cache_bytes, keep_path
 from .drafting import DraftMemory, draft_tree
 from .metrics import SpeculationStats
 from .support import check_call, tree_plan
+from .timing import CallTimes
 from .transcript import Transcript
 from .verification import accept_path, read_tree
 
@@ -74,10 +75,11 @@ def generate(
         logits=() if wants_output and generation_config.output_logits else None,
         streamer=streamer,
     )
-    stats = draft.speculation_stats = SpeculationStats()
+    stats = draft.speculation_stats = SpeculationStats(times=CallTimes(target.device, draft.device))
     try:
         cache = decode(target, draft, transcript, stats, generation_config, model_kwargs)
     finally:
+        stats.times.end()
         if streamer is not None:
             streamer.end()
     if not wants_output:
@@ -101,7 +103,7 @@ def decode(
     **Effects**: fills `transcript` and `stats`.
     """
     captured = draft.capture_aux_hidden_states(target)
-    with captured:
+    with captured, stats.times.prefill:
         outputs = target._prefill(transcript.input_ids, generation_config, model_kwargs)
     transcript.extend(outputs.logits[:, -1].to(dtype=torch.float32, device=transcript.input_ids.device, copy=True))
     model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -111,6 +113,7 @@ def decode(
     memory = first_memory(captured.take(), transcript.input_ids, model_kwargs)
     stats.target_calls, stats.new_tokens = 1, 1
     transcript.flush()
+    stats.times.begin_rounds(target, draft)
 
     while not transcript.is_finished:
         plan = tree_plan(draft).at_most(transcript.max_new_tokens - 1)

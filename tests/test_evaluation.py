@@ -23,6 +23,7 @@ from eagle3_mla.evaluation.measure import (
     summarise,
 )
 from eagle3_mla.evaluation.prompts import Prompt, choose_evenly, messages_before_last_answer, render_prompts
+from eagle3_mla.evaluation.report import round_milliseconds
 from eagle3_mla.evaluation.streaming import ColouringStreamer
 
 LETTERS = " \nabcdefghijklmnopqrstuvwxyz?"
@@ -76,7 +77,14 @@ def checkpoints(tmp_path, tiny_target, tiny_draft, tiny_tokenizer):
 
 def stats(lengths, drafted, accepted, target_calls):
     return SimpleNamespace(
-        acceptance_lengths=lengths, drafted_by_depth=drafted, accepted_by_depth=accepted, target_calls=target_calls
+        acceptance_lengths=lengths,
+        drafted_by_depth=drafted,
+        accepted_by_depth=accepted,
+        target_calls=target_calls,
+        prefill_seconds=1.0,
+        draft_seconds=0.5,
+        target_seconds=1.0,
+        host_seconds=0.25 * len(lengths),
     )
 
 
@@ -108,6 +116,9 @@ def test_every_round_and_token_counts_once():
     assert results["target_calls_per_token"] == 5 / 11
     assert (results["plain_tokens_per_second"], results["assisted_tokens_per_second"]) == (2.0, 5.5)
     assert results["speedup"] == 2.75
+    assert (results["prefill_seconds"], results["draft_seconds"], results["target_seconds"]) == (2.0, 1.0, 2.0)
+    assert (results["host_seconds"], results["host_share"]) == (0.75, 0.75 / 3.75)
+    assert round_milliseconds(results) == "333.33, 666.67, 250.00 ms (rest 20%)"
     assert (results["num_texts"], results["num_tokens"], results["num_rounds"]) == (2, 11, 3)
 
 
@@ -183,6 +194,8 @@ def test_command_writes_results_report_and_provenance(checkpoints):
     assert results["num_prompts"] == 2
     assert (results["draft_cache_bytes_per_token"], results["standard_cache_bytes_per_token"]) == (16, 128)
     assert {"acceptance_length", "acceptance_by_depth", "target_calls_per_token", "speedup"} <= results.keys()
+    assert min(results["prefill_seconds"], results["draft_seconds"], results["target_seconds"]) > 0
+    assert 0 < results["host_share"] < 1
     assert "Lossless: all 2" in (checkpoints.output / "report.md").read_text()
     origin = json.loads((checkpoints.output / "provenance.json").read_text())
     assert {"argv", "commit", "versions", "hardware"} <= origin.keys()
