@@ -26,6 +26,7 @@ from .memory import DraftMemory
 from .metrics import SpeculationStats
 from .ragged import RaggedTexts
 from .support import check_call, may_differ_in_length, pad_token, tree_plan
+from .timing import CallTimes
 from .transcript import Transcript
 from .tree import DraftTree
 from .verification import TextsInStep, Verdict, read_tree
@@ -81,10 +82,11 @@ def generate(
         logits=() if wants_output and generation_config.output_logits else None,
         streamer=streamer,
     )
-    stats = draft.speculation_stats = SpeculationStats()
+    stats = draft.speculation_stats = SpeculationStats(times=CallTimes(target.device, draft.device))
     try:
         cache = decode(target, draft, transcript, stats, generation_config, model_kwargs)
     finally:
+        stats.times.end()
         if streamer is not None:
             streamer.end()
     if not wants_output:
@@ -108,7 +110,7 @@ def decode(
     **Effects**: fills `transcript` and `stats`.
     """
     captured = draft.capture_aux_hidden_states(target)
-    with captured:
+    with captured, stats.times.prefill:
         outputs = target._prefill(transcript.input_ids, generation_config, model_kwargs)
     transcript.extend(outputs.logits[:, -1].to(dtype=torch.float32, device=transcript.input_ids.device, copy=True))
     model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs)
@@ -118,6 +120,7 @@ def decode(
     memory = DraftMemory.of_prompt(captured.take(), transcript.input_ids, model_kwargs.get("attention_mask"))
     stats.target_calls, stats.new_tokens = 1, len(transcript.input_ids)
     transcript.flush()
+    stats.times.begin_rounds(target, draft)
 
     texts = RaggedTexts(transcript) if may_differ_in_length(target, transcript) else TextsInStep(transcript)
     max_length = transcript.stopping_criteria.max_length

@@ -1,4 +1,4 @@
-"""What happened in one call: rounds, accepted tokens by depth, memory.
+"""What happened in one call: rounds, accepted tokens by depth, memory, time.
 
 Counted are tokens that were emitted, never tokens that were only drafted; a round that end-of-sequence or the length
 limit cuts short counts what it emitted. The prefill, which emits the first token without any draft, is not a round.
@@ -8,6 +8,7 @@ In a batch each sequence counts its own rounds until it is finished; padding cou
 
 from dataclasses import dataclass, field
 
+from .timing import CallTimes
 from .verification import Walks
 
 
@@ -28,6 +29,7 @@ class SpeculationStats:
         drafted_nodes (`int`): Draft tokens that the target has read, accepted or not.
         draft_cache_bytes (`int`): Bytes of the draft's cache after the last round.
         draft_cache_tokens (`int`): Positions in it, of the longest sequence.
+        times ([`CallTimes`]): Behind the properties that end in `_seconds`.
     """
 
     acceptance_lengths: list[int] = field(default_factory=list)
@@ -38,6 +40,7 @@ class SpeculationStats:
     drafted_nodes: int = 0
     draft_cache_bytes: int = 0
     draft_cache_tokens: int = 0
+    times: CallTimes = field(default_factory=CallTimes, compare=False)
 
     @property
     def rounds(self) -> int:
@@ -52,6 +55,31 @@ class SpeculationStats:
     def acceptance_by_depth(self) -> list[float]:
         """Share of the reached draft tokens that were accepted; index 0 is the first token after the root."""
         return [hit / tried for hit, tried in zip(self.accepted_by_depth, self.drafted_by_depth, strict=True) if tried]
+
+    @property
+    def prefill_seconds(self) -> float:
+        """Seconds in which the target read the prompt."""
+        return self.times.prefill.seconds
+
+    @property
+    def draft_seconds(self) -> float:
+        """Seconds of the draft's forwards; those over the prompt, which the first round begins with, included."""
+        return self.times.draft.seconds
+
+    @property
+    def target_seconds(self) -> float:
+        """Seconds of the target's forwards in the rounds."""
+        return self.times.target.seconds
+
+    @property
+    def round_seconds(self) -> float:
+        """Seconds of all rounds."""
+        return self.times.round_seconds
+
+    @property
+    def host_seconds(self) -> float:
+        """Seconds of the rounds in which neither model was in a forward."""
+        return self.round_seconds - self.draft_seconds - self.target_seconds
 
     def record(self, walks: Walks, num_nodes: int, deepest: int) -> None:
         """
