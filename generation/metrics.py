@@ -3,7 +3,9 @@
 Counted are tokens that were emitted, never tokens that were only drafted; a round that end-of-sequence or the length
 limit cuts short counts what it emitted. The prefill, which emits the first token without any draft, is not a round.
 
-In a batch each sequence counts its own rounds until it is finished; padding counts nowhere.
+In a batch each sequence counts its own rounds until it is finished; padding counts nowhere. A sequence that is ahead
+when a time limit or a criterion ends the text for all has counted rounds whose tokens were thrown away: they are in
+`acceptance_lengths`, not in `new_tokens`.
 """
 
 from dataclasses import dataclass, field

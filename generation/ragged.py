@@ -18,6 +18,7 @@ from .sampling import RowNoise, is_stateless, raise_no_distribution
 from .transcript import Transcript
 from .tree import DraftTree
 from .verification import Verdict, Walks
+from .waiting import Waiting, write_rows
 
 # How far a sequence may be ahead when sampling: the noise of a token, (B, V), is kept until all have passed it.
 MAX_LEAD = 128
@@ -46,8 +47,8 @@ class RaggedTexts:
         foreseen = {MaxLengthCriteria, EosTokenCriteria, *([StopStringCriteria] if transcript.freezes else [])}
         self.knows_the_end = all(type(each) in foreseen for each in transcript.stopping_criteria)
         self.chooses_at_once = all(map(is_stateless, transcript.logits_processor))
-        # Per sequence, what waits for the frontier, or `None` where nobody wants it.
-        self.waiting_scores = self.waiting_logits = None
+        self.scores = Waiting(transcript.scores is not None)
+        self.logits = Waiting(transcript.logits is not None)
         self.num_discarded = 0
         self._note_who_is_frozen()
 
@@ -87,7 +88,7 @@ class RaggedTexts:
 
         **Effects**: appends to the texts, and to the transcript what all have passed.
         """
-        raw_logits = logits.clone() if self.transcript.logits is not None else None
+        raw_logits = logits.clone() if self.logits.is_wanted else None  # processors may write into theirs
         walk = self._walk(tree, logits)
         num_new, is_tried = self._limit(walk), tree.has_children.gather(1, walk.path)
         has_ended = self._ends(walk.tokens).gather(1, (num_new - 1).clamp(min=0)[:, None])[:, 0] & (num_new > 0)
@@ -99,11 +100,19 @@ class RaggedTexts:
             [num_new, has_ended.long(), num_drafted, num_tried]
         ).tolist()
 
-        before, had_ended = self.num_tokens, self.ended_at
-        self._keep_waiting(walk, raw_logits)
+        before, leads = self.num_tokens, self._leads()
+        had_ended, takes_part = self.ended_at, self._who_takes_part()
+        self.scores.add(walk.scores, leads)
+        if raw_logits is not None:
+            self.logits.add(raw_logits.gather(1, walk.path[..., None].expand_as(walk.scores)), leads)
         self._append(walk.tokens, num_new, has_ended)
         self._advance()
-        return self._verdict(walk, before, had_ended, num_drafted, num_tried)
+        walks = self._count(before, takes_part, num_drafted, num_tried)
+        written = [old if ended is None else ended for old, ended in zip(before, had_ended, strict=True)]
+        self.num_discarded = sum(max(count - self._end(), 0) for count in written)
+        lengths = [min(old, self._end()) - 1 for old in before]
+        num_kept = [min(new, self._end()) - 1 - old for new, old in zip(self.num_tokens, lengths, strict=True)]
+        return Verdict(walk.path, walk.tokens, walks, lengths, num_kept)
 
     def _walk(self, tree: DraftTree, logits: Tensor) -> Walk:
         pads = torch.full_like(self.ids[:, 0], -1)
@@ -169,9 +178,8 @@ class RaggedTexts:
         for length in range(start + 1, min(self.num_tokens) + 1):
             if transcript.do_sample:
                 transcript.noise.spend()
-            scores = self.waiting_scores[:, length - start - 1] if transcript.scores is not None else None
-            logits = self.waiting_logits[:, length - start - 1] if transcript.logits is not None else None
-            transcript.commit(self.ids[:, :length], scores, logits)
+            place = length - start - 1
+            transcript.commit(self.ids[:, :length], self.scores.at(place), self.logits.at(place))
             if self.knows_the_end:
                 is_last = all(end is not None and end <= length for end in self.ended_at)
                 transcript.is_finished = is_last or length >= transcript.stopping_criteria.max_length
@@ -181,67 +189,35 @@ class RaggedTexts:
                 return
         if transcript.input_ids.shape[1] == start:
             raise_no_distribution()
-        self._forget_committed(transcript.input_ids.shape[1] - start)
+        for waiting in self.scores, self.logits:
+            waiting.forget(transcript.input_ids.shape[1] - start, max(self._leads()))
 
-    def _keep_waiting(self, walk: Walk, raw_logits: Tensor | None) -> None:
-        """Scores and logits of the chosen tokens `(B, A, V)`, where they are wanted."""
-        if self.transcript.scores is not None:
-            self.waiting_scores = write_rows(self.waiting_scores, walk.scores, self._leads())
-        if raw_logits is not None:
-            rows = walk.path[..., None].expand(-1, -1, raw_logits.shape[-1])
-            self.waiting_logits = write_rows(self.waiting_logits, raw_logits.gather(1, rows), self._leads())
-
-    def _forget_committed(self, num_committed: int) -> None:
-        waiting = slice(num_committed, num_committed + max(self._leads()))
-        if self.waiting_scores is not None:
-            self.waiting_scores = self.waiting_scores[:, waiting]
-        if self.waiting_logits is not None:
-            self.waiting_logits = self.waiting_logits[:, waiting]
-
-    def _verdict(
-        self, walk: Walk, before: list[int], had_ended: list, num_drafted: list[int], num_tried: list[int]
-    ) -> Verdict:
-        """What caches keep and statistics count; after the last round, what went beyond the end counts no more."""
-        end = self.transcript.input_ids.shape[1] if self.transcript.is_finished else max(self.num_tokens)
-        lengths = [min(old, end) - 1 for old in before]
-        num_kept = [min(new, end) - 1 - length for new, length in zip(self.num_tokens, lengths, strict=True)]
-        limit = self.transcript.stopping_criteria.max_length
-        counted = [row for row, old in enumerate(before) if had_ended[row] is None and old < limit]
-        walks = Walks(
-            num_emitted=[num_kept[row] for row in counted],
-            num_accepted=[min(num_drafted[row], num_kept[row]) for row in counted],
-            num_tried=[min(num_tried[row], num_kept[row]) for row in counted],
+    def _count(self, before: list[int], takes_part: list[int], num_drafted: list[int], num_tried: list[int]) -> Walks:
+        """How far each sequence came; what goes beyond the end of the text does not count."""
+        num_emitted = {row: max(min(self.num_tokens[row], self._end()) - before[row], 0) for row in takes_part}
+        return Walks(
+            num_emitted=list(num_emitted.values()),
+            num_accepted=[min(num_drafted[row], num) for row, num in num_emitted.items()],
+            num_tried=[min(num_tried[row], num) for row, num in num_emitted.items()],
         )
-        written = [old if ended is None else ended for old, ended in zip(before, had_ended, strict=True)]
-        self.num_discarded = sum(max(count - end, 0) for count in written)
-        return Verdict(walk.path, walk.tokens, walks, lengths, num_kept)
+
+    def _end(self) -> int:
+        """Where the text ends, or for now the longest sequence."""
+        return self.transcript.input_ids.shape[1] if self.transcript.is_finished else max(self.num_tokens)
+
+    def _who_takes_part(self) -> list[int]:
+        """The sequences that get tokens of their own in this round."""
+        return [row for row, room in enumerate(self._room()) if room > 0 and self.ended_at[row] is None]
 
     def _leads(self) -> list[int]:
         """How many tokens each sequence is ahead of the frontier."""
         return [count - self.transcript.input_ids.shape[1] for count in self.num_tokens]
 
     def _note_who_is_frozen(self) -> None:
-        """The sequences that get nothing but padding from now on, bool `(B,)`."""
+        """Sets `is_frozen (B,)`: the sequences that get nothing but padding from now on."""
         self.is_frozen = torch.tensor([end is not None for end in self.ended_at], device=self.ids.device)
 
 
 def first_true(is_true: Tensor, otherwise: int) -> Tensor:
     """Index of the first true entry of each row of `(B, P)`."""
     return torch.where(is_true.any(dim=1), is_true.int().argmax(dim=1), otherwise)
-
-
-def write_rows(written: Tensor | None, new: Tensor, starts: list[int]) -> Tensor:
-    """
-    Writes `new (B, P, ...)` into each row from its own place on.
-
-    Args:
-        written (`torch.Tensor` of shape `(B, A, ...)`, *optional*): What is there so far; `None` is nothing.
-    """
-    if written is None:
-        written = new[:, :0]
-    if len(set(starts)) == 1:
-        return torch.cat([written[:, : starts[0]], new], dim=1)
-    written = torch.cat([written, torch.zeros_like(new)], dim=1)
-    places = torch.tensor(starts, device=new.device)[:, None] + torch.arange(new.shape[1], device=new.device)
-    places = places.view(*places.shape, *[1] * (new.dim() - 2)).expand_as(new)
-    return written.scatter(1, places, new)

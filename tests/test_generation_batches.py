@@ -238,8 +238,10 @@ def test_positions_stay_within_those_that_the_target_has():
     target = GPT2LMHeadModel(GPT2Config(**GPT2_SHAPE | {"n_positions": 32})).eval()
     for shape in SHAPES:
         draft = set_shape(make_draft(target), shape)
-        for settings in SETTINGS["greedy"], SETTINGS["sample-eos"]:
-            assert_same_generation(target, draft, make_prompts([7, 3, 5]), max_new_tokens=25, **settings)
+        for settings in SETTINGS["greedy"], SETTINGS["sample"]:
+            for seed in range(4):
+                prompt = make_prompts([7, 3, 5])
+                assert_same_generation(target, draft, prompt, seed, max_new_tokens=25, **settings)
 
 
 def test_two_calls_in_a_row_equal_two_plain_calls(llama):
@@ -304,16 +306,22 @@ def random_rows(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def await_rows(memory: DraftMemory | None, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> DraftMemory:
-    """Rows of different counts, padded on the left with what nobody may see."""
-    longest = max(len(tokens) for _, tokens in rows)
-    states = torch.full((len(rows), longest, 96), 1e3).double()
-    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
-    for row, (own_states, own_tokens) in enumerate(rows):
-        states[row, longest - len(own_tokens) :], tokens[row, longest - len(own_tokens) :] = own_states, own_tokens
+    """Rows of different counts, beside others that nobody may see."""
     counts = [len(tokens) for _, tokens in rows]
+    width = max(counts) + (memory is not None)
+    states, tokens = torch.full((len(rows), width, 96), 1e3).double(), torch.zeros(len(rows), width, dtype=torch.long)
+    for row, (own_states, own_tokens) in enumerate(rows):
+        # The prompt's rows end together, those of a path begin together.
+        place = slice(width - counts[row], None) if memory is None else slice(counts[row])
+        states[row, place], tokens[row, place] = own_states, own_tokens
     if memory is None:
         return DraftMemory(states, tokens, counts, [0] * len(rows))
-    memory.pending_states, memory.pending_tokens, memory.num_pending = states, tokens, counts
+    # In two steps, as when a round does not draft.
+    first = [count // 2 for count in counts]
+    memory.await_rows(states, tokens, first)
+    places = (torch.arange(states.shape[1]) + torch.tensor(first)[:, None]).clamp(max=states.shape[1] - 1)
+    states, tokens = states.gather(1, places[..., None].expand_as(states)), tokens.gather(1, places)
+    memory.await_rows(states, tokens, [count - done for count, done in zip(counts, first, strict=True)])
     return memory
 
 

@@ -204,9 +204,11 @@ def test_texts_are_plain_for_any_trees_and_noise(texts_class, criteria, processo
     assert cache.layers[1].get_seq_length() == read_tokens.shape[1]
 
 
-def test_sequences_really_differ_in_length():
-    """Otherwise none of the above would be about more than one length."""
-    leads = []
+@pytest.mark.parametrize("max_lead", [2, 128])
+def test_sequences_differ_in_length_up_to_a_limit_when_sampling(max_lead, monkeypatch):
+    """Otherwise none of the above would be about more than one length, and noise would be kept without end."""
+    monkeypatch.setattr(ragged, "MAX_LEAD", max_lead)
+    noise, leads = torch.empty(NUM_TOKENS, BATCH_SIZE, VOCAB_SIZE).exponential_(1), []
 
     class WatchedTexts(RaggedTexts):
         def accept(self, tree, logits):
@@ -214,8 +216,8 @@ def test_sequences_really_differ_in_length():
             return super().accept(tree, logits)
 
     for seed in range(20):
-        speculative_texts(WatchedTexts, None, "none", "length", Proposals(seed))
-    assert max(leads) > 2
+        speculative_texts(WatchedTexts, noise, "none", "length", Proposals(seed))
+    assert (0 < max(leads) < 2) if max_lead == 2 else (2 < max(leads) < 128)
 
 
 @pytest.mark.parametrize("sequence", range(BATCH_SIZE))
