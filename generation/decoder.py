@@ -20,12 +20,13 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from .branching import can_branch
-from .caches import cache_bytes, keep_path
+from .caches import keep_path
 from .drafting import draft_tree
 from .memory import DraftMemory
 from .metrics import SpeculationStats
 from .ragged import RaggedTexts
-from .support import check_call, may_differ_in_length, pad_token, tree_plan
+from .sizing import sizes_for
+from .support import TreePlan, check_call, may_differ_in_length, pad_token, tree_plan
 from .timing import CallTimes
 from .transcript import Transcript
 from .tree import DraftTree
@@ -123,12 +124,11 @@ def decode(
     stats.times.begin_rounds(target, draft)
 
     texts = RaggedTexts(transcript) if may_differ_in_length(target, transcript) else TextsInStep(transcript)
+    sizes = sizes_for(draft, target, largest_plan(draft, target), len(transcript.input_ids))
     max_length = transcript.stopping_criteria.max_length
     with uneven_windows(cache) if texts.lengths else nullcontext():
         while not transcript.is_finished:
-            plan = tree_plan(draft).at_most(transcript.max_new_tokens - 1)
-            if plan.top_k > 1 and not can_branch(target):
-                plan = plan.as_chain()
+            plan = sizes.begin_round().at_most(transcript.max_new_tokens - 1)
             tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, texts.noise)
             tree = texts.fit(tree, plan.depth)
             with captured:
@@ -139,13 +139,17 @@ def decode(
 
             stats.target_calls += 1
             stats.record(verdict.walks, len(tree) - 1, tree.deepest)
-            stats.draft_cache_bytes, stats.draft_cache_tokens = (
-                cache_bytes(memory.cache),
-                memory.cache.get_seq_length(),
-            )
+            stats.draft_cache_bytes, stats.draft_cache_tokens = memory.num_bytes, memory.cache.get_seq_length()
+            sizes.end_round(plan, verdict.walks)
             transcript.flush()
     stats.new_tokens -= texts.num_discarded
     return cache
+
+
+def largest_plan(draft, target: PreTrainedModel) -> TreePlan:
+    """The size that the draft's settings ask for, as a chain where the target cannot read trees."""
+    plan = tree_plan(draft)
+    return plan if plan.top_k == 1 or can_branch(target) else plan.as_chain()
 
 
 def keep(target: PreTrainedModel, tree: DraftTree, verdict: Verdict, outputs, model_kwargs: dict) -> dict:

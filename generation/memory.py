@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from .caches import keep_path, new_draft_cache
+from .caches import cache_bytes, keep_path, new_draft_cache
 
 
 @dataclass
@@ -74,6 +74,11 @@ class DraftMemory:
     def is_even(self) -> bool:
         """Whether they also have equally many pending: then these see each other by causal attention."""
         return self.has_even_rows and len(set(self.num_pending)) == 1
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the cache."""
+        return cache_bytes(self.cache)
 
     def await_rows(self, states: Tensor, tokens: Tensor, num_new: list[int]) -> None:
         """

@@ -96,9 +96,9 @@ class RaggedTexts:
         num_tried = (is_tried & (steps < num_new[:, None])).sum(dim=1)
         num_drafted = torch.minimum(num_new, walk.num_steps - 1)
         # The one place where a round waits for the device.
-        num_new, has_ended, num_drafted, num_tried = torch.stack(
-            [num_new, has_ended.long(), num_drafted, num_tried]
-        ).tolist()
+        counts = torch.stack([num_new, has_ended.long(), num_drafted, num_tried], dim=1)
+        rows = torch.cat([counts, tree.ranks.gather(1, walk.path)], dim=1).tolist()
+        num_new, has_ended = [row[0] for row in rows], [row[1] for row in rows]
 
         before, leads = self.num_tokens, self._leads()
         had_ended, takes_part = self.ended_at, self._who_takes_part()
@@ -107,7 +107,7 @@ class RaggedTexts:
             self.logits.add(raw_logits.gather(1, walk.path[..., None].expand_as(walk.scores)), leads)
         self._append(walk.tokens, num_new, has_ended)
         self._advance()
-        walks = self._count(before, takes_part, num_drafted, num_tried)
+        walks = self._count(before, takes_part, [row[2:] for row in rows])
         written = [old if ended is None else ended for old, ended in zip(before, had_ended, strict=True)]
         self.num_discarded = sum(max(count - self._end(), 0) for count in written)
         lengths = [min(old, self._end()) - 1 for old in before]
@@ -192,13 +192,22 @@ class RaggedTexts:
         for waiting in self.scores, self.logits:
             waiting.forget(transcript.input_ids.shape[1] - start, max(self._leads()))
 
-    def _count(self, before: list[int], takes_part: list[int], num_drafted: list[int], num_tried: list[int]) -> Walks:
-        """How far each sequence came; what goes beyond the end of the text does not count."""
+    def _count(self, before: list[int], takes_part: list[int], drafted: list[list[int]]) -> Walks:
+        """
+        How far each sequence came; what goes beyond the end of the text does not count.
+
+        Args:
+            before (`list[int]`): Tokens of each sequence before the round.
+            takes_part (`list[int]`): The sequences that count.
+            drafted (`list[list[int]]`): For each sequence drafted tokens among the new ones, after how many of them
+                something had been drafted, and the ranks of its path, root first.
+        """
         num_emitted = {row: max(min(self.num_tokens[row], self._end()) - before[row], 0) for row in takes_part}
         return Walks(
             num_emitted=list(num_emitted.values()),
-            num_accepted=[min(num_drafted[row], num) for row, num in num_emitted.items()],
-            num_tried=[min(num_tried[row], num) for row, num in num_emitted.items()],
+            num_accepted=[min(drafted[row][0], num) for row, num in num_emitted.items()],
+            num_tried=[min(drafted[row][1], num) for row, num in num_emitted.items()],
+            ranks=[drafted[row][3 : 3 + min(drafted[row][0], num)] for row, num in num_emitted.items()],
         )
 
     def _end(self) -> int:

@@ -9,12 +9,17 @@ nothing.
 The text does not depend on any of this: every token is the target's own choice.
 """
 
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
+from weakref import WeakKeyDictionary
 
-from .support import TreePlan
+from transformers import PreTrainedModel
+
+from .support import TreePlan, schedule
+from .verification import Walks
 
 # Rounds of each size before sizes are compared: the first of a new shape may be slow.
 FIRST_ROUNDS = 2
@@ -72,9 +77,20 @@ class TreeSizer:
         self.last: TreePlan | None = None
         self.patience = FIRST_PATIENCE
         self.num_rounds_since_full = 0
+        self.began = 0.0
+
+    def begin_round(self) -> TreePlan:
+        """The size of the round that begins now."""
+        self.began = time.perf_counter()
+        return self.choose()
+
+    def end_round(self, size: TreePlan, walks: Walks) -> None:
+        """Learns from the round, unless the end of the text made it smaller than any of the sizes."""
+        if size in self.sizes and walks.ranks:
+            self.record(size, walks.ranks, time.perf_counter() - self.began)
 
     def choose(self) -> TreePlan:
-        """The size of the next round."""
+        """The size for which most tokens per second are expected, or one of which too little is known."""
         for size, known in self.sizes.items():
             if len(known.seconds) < FIRST_ROUNDS:
                 return size
@@ -124,3 +140,46 @@ def num_within(accepted_ranks: Sequence[int], size: TreePlan) -> int:
             break
         num_held += 1
     return num_held
+
+
+class ConstantSize:
+    """
+    The same size for every round.
+
+    Args:
+        size ([`TreePlan`]): This one.
+    """
+
+    def __init__(self, size: TreePlan):
+        self.size = size
+
+    def begin_round(self) -> TreePlan:
+        """The size of the round that begins now."""
+        return self.size
+
+    def end_round(self, size: TreePlan, walks: Walks) -> None:
+        """Nothing is to be learned."""
+
+
+_sizers: WeakKeyDictionary[PreTrainedModel, WeakKeyDictionary] = WeakKeyDictionary()
+
+
+def sizes_for(draft, target: PreTrainedModel, full: TreePlan, batch_size: int) -> TreeSizer | ConstantSize:
+    """
+    Who chooses the sizes of a call, by `draft.generation_config.num_assistant_tokens_schedule`.
+
+    Args:
+        draft ([`Eagle3MLADraftModel`]), target (`PreTrainedModel`): What both cost and accept is learned for this pair.
+        full ([`TreePlan`]): The largest size.
+        batch_size (`int`): Learned for each, too.
+
+    Returns:
+        With `"heuristic"` the [`TreeSizer`] of earlier such calls, with `"heuristic_transient"` a new one.
+    """
+    kind = schedule(draft)
+    if kind == "constant" or full.num_nodes == 0:
+        return ConstantSize(full)
+    if kind == "heuristic_transient":
+        return TreeSizer(full)
+    known = _sizers.setdefault(draft, WeakKeyDictionary()).setdefault(target, {})
+    return known.setdefault((full, batch_size), TreeSizer(full))

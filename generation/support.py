@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 
 # Depth of the trees with which EAGLE-2 and EAGLE-3 are reported.
 DEFAULT_TREE_DEPTH = 7
+# transformers' own names: fixed, or by what earlier rounds of all calls, or of the same one, accepted.
+SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 _reasons_given: set[str] = set()
 # Processors and criteria of transformers that are functions of one sequence's text: no state, no random numbers, no
 # functions of the user's (`prefix_allowed_tokens_fn` may know which texts it will see).
@@ -89,6 +91,7 @@ def check_call(
     """
     draft.check_target(target)
     tree_plan(draft)
+    schedule(draft)
     _check_outputs(generation_config)
     _check_cache(generation_config, model_kwargs)
     if model_kwargs.get("inputs_embeds") is not None:
@@ -157,6 +160,22 @@ def tree_plan(draft) -> TreePlan:
         )
     depth = _integer_setting(draft, "assistant_tree_depth", 1, num_nodes if top_k == 1 else DEFAULT_TREE_DEPTH)
     return TreePlan(num_nodes, min(depth, num_nodes), top_k, confidence_threshold(draft))
+
+
+def schedule(draft) -> str:
+    """
+    How the size of the trees goes on, from `draft.generation_config.num_assistant_tokens_schedule`; absent: constant.
+
+    Raises:
+        ValueError: If it is none of `SCHEDULES`.
+    """
+    value = draft.generation_config.num_assistant_tokens_schedule
+    if value is not None and value not in SCHEDULES:
+        raise ValueError(
+            "`draft.generation_config.num_assistant_tokens_schedule` must be None or one of "
+            f"{', '.join(map(repr, SCHEDULES))}, got {value!r}."
+        )
+    return value or SCHEDULES[0]
 
 
 def _integer_setting(draft, name: str, least: int, default: int) -> int:

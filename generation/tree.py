@@ -24,12 +24,14 @@ class DraftTree:
         parents (`torch.LongTensor` of shape `(B, N)`): Index of the parent; the root's is 0.
         is_chain (`bool`): Whether every node is known to continue the one before it.
         max_depth (`int`, *optional*): Where it is known that no node is deeper.
+        preferred (`torch.LongTensor` of shape `(B, N - 1)`, *optional*): See `ranks`; `None`: each node to the next.
     """
 
     token_ids: Tensor
     parents: Tensor
     is_chain: bool = False
     max_depth: int | None = None
+    preferred: Tensor | None = None
 
     def __len__(self) -> int:
         return self.token_ids.shape[1]
@@ -59,6 +61,14 @@ class DraftTree:
         if self.is_chain:
             return len(self) - 1
         return min(self.max_depth, len(self) - 1) if self.max_depth is not None else int(self.depths.max())
+
+    @property
+    def ranks(self) -> Tensor:
+        """How many nodes the draft preferred to each, `(B, N)`, the root aside: the best n nodes are a tree too."""
+        if self.preferred is None:
+            ranks = torch.arange(len(self), device=self.parents.device) - 1
+            return ranks.clamp(min=0).expand_as(self.parents)
+        return torch.cat([torch.zeros_like(self.parents[:, :1]), self.preferred], dim=1)
 
     @cached_property
     def has_children(self) -> Tensor:
@@ -100,6 +110,7 @@ class DraftTree:
             torch.where(is_frozen, chain, self.parents),
             self.is_chain,
             depth,
+            self.preferred,
         )
 
     def with_roots(self, roots: Tensor) -> "DraftTree":
@@ -130,11 +141,13 @@ def build_tree(
         num_nodes (`int`): Candidates that are kept, at most.
         max_depth (`int`, *optional*): Depth of the deepest candidate.
     """
-    kept = scores.sort(dim=1, descending=True, stable=True).indices[:, :num_nodes].sort(dim=1).values  # (B, N - 1)
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :num_nodes]
+    kept, preferred = best.sort(dim=1)  # (B, N - 1)
     parents = parents.gather(1, kept)
     parents = torch.where(parents < 0, 0, torch.searchsorted(kept, parents) + 1)
     return DraftTree(
         torch.cat([root, token_ids.gather(1, kept)], dim=1),
         torch.cat([torch.zeros_like(root), parents], dim=1),
         max_depth=max_depth,
+        preferred=preferred,
     )

@@ -30,11 +30,13 @@ class Walks:
         num_emitted (`list[int]`): Tokens emitted, none of them padding.
         num_accepted (`list[int]`): How many of the emitted tokens had been drafted.
         num_tried (`list[int]`): After how many of these nodes something had been drafted.
+        ranks (`list[list[int]]`): Of the accepted nodes of each, how many nodes of its tree had been preferred.
     """
 
     num_emitted: list[int]
     num_accepted: list[int]
     num_tried: list[int]
+    ranks: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,12 @@ def accept_path(tree: DraftTree, logits: Tensor, transcript: Transcript) -> Verd
     path, tokens, is_emitted = (torch.stack(each, dim=1) for each in (path, tokens, is_emitted))  # (B, P)
     is_accepted = torch.stack(is_accepted, dim=1) & is_emitted
     is_tried = tree.has_children.gather(1, path) & is_emitted
-    counts = torch.stack([each.sum(dim=1) for each in (is_emitted, is_accepted, is_tried)])
-    walks, (batch_size, num_steps) = Walks(*counts[:, is_emitted[:, 0]].tolist()), path.shape
+    counts = torch.stack([each.sum(dim=1) for each in (is_emitted, is_accepted, is_tried)], dim=1)
+    rows = torch.cat([counts, tree.ranks.gather(1, path)], dim=1)[is_emitted[:, 0]].tolist()
+    num_emitted, num_accepted, num_tried = (list(column) for column in list(zip(*rows, strict=True))[:3])
+    ranks = [row[4 : 4 + row[1]] for row in rows]  # without the root's
+    batch_size, num_steps = path.shape
+    walks = Walks(num_emitted, num_accepted, num_tried, ranks)
     return Verdict(path, tokens, walks, [num_read] * batch_size, [num_steps] * batch_size)
 
 
