@@ -140,7 +140,7 @@ def record_script(target, draft, input_ids: torch.Tensor, max_new_tokens: int) -
 
     def recording(*arguments):
         tree = draft_tree(*arguments)
-        proposals.append(tree.token_ids[1:].tolist())
+        proposals.append(tree.token_ids[0, 1:].tolist())
         return tree
 
     set_shape(draft, CHAIN)

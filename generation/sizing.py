@@ -36,7 +36,7 @@ def ladder(full: TreePlan) -> list[TreePlan]:
     A tree of few nodes is not deep: with the best continuation of every node alone, n nodes reach depth n, and where
     there are several, their logarithm.
     """
-    sizes, num_nodes = [], full.num_nodes
+    sizes, num_nodes = [full], full.num_nodes // 2
     while num_nodes > 0:
         deepest = num_nodes if full.top_k == 1 else num_nodes.bit_length() + 1
         sizes.append(replace(full, num_nodes=num_nodes, depth=min(full.depth, deepest, num_nodes)))
@@ -169,7 +169,7 @@ def sizes_for(draft, target: PreTrainedModel, full: TreePlan, batch_size: int) -
     Who chooses the sizes of a call, by `draft.generation_config.num_assistant_tokens_schedule`.
 
     Args:
-        draft ([`Eagle3MLADraftModel`]), target (`PreTrainedModel`): What both cost and accept is learned for this pair.
+        draft ([`Eagle3MLADraftModel`]), target (`PreTrainedModel`): The pair about which something is learned.
         full ([`TreePlan`]): The largest size.
         batch_size (`int`): Learned for each, too.
 

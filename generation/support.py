@@ -16,8 +16,8 @@ from .transcript import Transcript
 
 logger = logging.getLogger(__name__)
 
-# Depth of the trees with which EAGLE-2 and EAGLE-3 are reported.
-DEFAULT_TREE_DEPTH = 7
+# Depth of the trees with which EAGLE-2 and EAGLE-3 are reported: the published code expands 7 times after the first.
+DEFAULT_TREE_DEPTH = 8
 # transformers' own names: fixed, or by what earlier rounds of all calls, or of the same one, accepted.
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
 _reasons_given: set[str] = set()
@@ -145,7 +145,7 @@ def tree_plan(draft) -> TreePlan:
     """
     What `draft.generation_config` asks for.
 
-    Read are `num_assistant_tokens`, `assistant_tree_top_k` (absent: 1, a chain), `assistant_tree_depth` (absent: 7; a
+    Read are `num_assistant_tokens`, `assistant_tree_top_k` (absent: 1, a chain), `assistant_tree_depth` (absent: 8; a
     chain is as long as it has tokens) and `assistant_confidence_threshold`.
 
     Raises:

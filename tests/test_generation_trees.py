@@ -273,5 +273,5 @@ def test_setting_out_of_its_bounds_is_refused_by_name(name, value, bound):
 def test_absent_settings_mean_a_chain_and_depths_have_a_default():
     draft = make_draft(TARGETS["llama"]())
     assert tree_plan(draft) == TreePlan(num_nodes=7, depth=7, top_k=1, confidence_threshold=None)
-    assert tree_plan(set_tree(draft, 60, 10)).depth == 7
+    assert tree_plan(set_tree(draft, 60, 10)).depth == 8
     assert tree_plan(set_tree(draft, 3, 2)).depth == 3
