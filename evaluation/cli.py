@@ -21,7 +21,15 @@ from ..training.card import add_evaluation, check_card
 from ..training.conversations import parse_conversation, parse_tools
 from ..training.sources import load_conversations
 from .loading import add_model_arguments, check_writable, load_models, positive_int
-from .measure import Comparison, Decoding, cache_bytes_per_token, compare_all, standard_head_like, summarise
+from .measure import (
+    Comparison,
+    Decoding,
+    cache_bytes_per_token,
+    compare_all,
+    describe_texts,
+    standard_head_like,
+    summarise,
+)
 from .prompts import Prompt, built_in_conversations, choose_evenly, render_prompts
 from .report import print_report, provenance, write_report
 
@@ -65,14 +73,14 @@ def main(argv: list[str] | None = None) -> int:
         logger.error("error: %s", error)
         return 2
     try:
-        results = evaluate(target, draft, prompts, arguments)
+        results, texts = evaluate(target, draft, prompts, arguments)
     except KeyboardInterrupt:
         logger.error("interrupted; no result was written")
         return INTERRUPTED
     arguments.output_dir.mkdir(parents=True, exist_ok=True)
     command = sys.argv if argv is None else ["scripts/eval_eagle.py", *argv]
     origin = provenance(command, target.device)
-    write_report(arguments.output_dir, results, origin)
+    write_report(arguments.output_dir, results, texts, origin)
     if arguments.write_card:
         add_evaluation(Path(arguments.draft_checkpoint), results, origin)
     print_report(Console(), results)
@@ -105,14 +113,14 @@ def make_prompts(
 
 def evaluate(
     target: PreTrainedModel, draft: PreTrainedModel, prompts: list[Prompt], arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Everything that `results.json` holds."""
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Everything that `results.json` and `texts.jsonl` hold."""
     decoding = Decoding(
         arguments.max_new_tokens, arguments.do_sample, arguments.temperature, tuple(dict.fromkeys(arguments.seeds))
     )
     plan = tree_plan(draft)
     comparisons = compare_with_progress(target, draft, prompts, decoding)
-    return summarise(comparisons) | {
+    results = summarise(comparisons) | {
         "draft_cache_bytes_per_token": cache_bytes_per_token(draft),
         "standard_cache_bytes_per_token": cache_bytes_per_token(standard_head_like(draft)),
         "settings": {
@@ -132,6 +140,7 @@ def evaluate(
             "device": str(target.device),
         },
     }
+    return results, describe_texts(comparisons)
 
 
 def compare_with_progress(

@@ -4,7 +4,7 @@ Both are calls of the target's own `generate()` that differ in `assistant_model`
 drafted ones; the prefill is part of both times; a first call of each kind is left out as warm-up. With one seed for
 both calls the texts must be equal token for token, whether greedy or sampled.
 
-Shapes: T prompt tokens, D draft hidden size, Dt target hidden size.
+Shapes: T prompt tokens, D draft hidden size, Dt target hidden size, V the target's vocabulary.
 """
 
 import time
@@ -63,8 +63,11 @@ class Divergence:
         position (`int`): Index among the new tokens.
         plain_token (`int`, *optional*): `None` where the plain text had ended.
         assisted_token (`int`, *optional*): `None` where the assisted text had ended.
-        logit_gap (`float`, *optional*): Target's logit of the plain token minus that of the assisted one, recomputed
-            on the common prefix; rounding shows as a gap near 0. `None` where a text had ended.
+        logit_gap (`float`, *optional*): How much the target prefers the plain token, recomputed on the common prefix:
+            the difference of the two logits, when sampling with the noise that they were compared with. Rounding
+            shows as a gap of a few spacings, on either side of 0. `None` where a text had ended.
+        logit_spacing (`float`, *optional*): At most so far apart are neighbouring numbers of the target's dtype at
+            the larger of the two logits.
     """
 
     prompt: str
@@ -73,6 +76,7 @@ class Divergence:
     plain_token: int | None
     assisted_token: int | None
     logit_gap: float | None
+    logit_spacing: float | None
 
 
 @dataclass(frozen=True)
@@ -124,24 +128,58 @@ def find_divergence(plain_ids: list[int], assisted_ids: list[int]) -> int | None
 
 
 @torch.no_grad()
-def logit_gap(target: PreTrainedModel, prefix_ids: Tensor, plain_token: int, assisted_token: int) -> float:
-    """How much the target prefers `plain_token` to `assisted_token` after `prefix_ids (1, T)`."""
-    logits = target(prefix_ids).logits[0, -1].float()
-    return (logits[plain_token] - logits[assisted_token]).item()
+def logit_gap(
+    target: PreTrainedModel, prefix_ids: Tensor, tokens: tuple[int, int], noise: Tensor | None
+) -> tuple[float, float]:
+    """
+    How much the target prefers the first of two tokens to the second after `prefix_ids (1, T)`, and what rounding is.
+
+    Args:
+        noise (`torch.Tensor` of shape `(V,)`, *optional*): Added to the logits before they are compared.
+
+    Returns:
+        The difference, and the spacing of the target's dtype at the larger of the two logits.
+    """
+    logits = target(prefix_ids).logits[0, -1].float()  # (V,)
+    spacing = torch.finfo(target.dtype).eps * logits[list(tokens)].abs().max()
+    scores = logits if noise is None else logits + noise.to(logits.device)
+    return (scores[tokens[0]] - scores[tokens[1]]).item(), spacing.item()
+
+
+def sampling_noise(target: PreTrainedModel, decoding: Decoding, seed: int, position: int) -> Tensor | None:
+    """
+    What the logits of a new token have added before the largest is chosen, `(V,)`; `None` for greedy texts.
+
+    `torch.multinomial(softmax(logits / t), 1)` is `argmax(logits - t * log(e))`, with one exponential draw `e` for
+    each new token.
+    """
+    if not decoding.do_sample:
+        return None
+    generator = torch.Generator(target.device).manual_seed(seed)
+    draw = torch.empty(1, target.config.get_text_config(decoder=True).vocab_size, device=target.device)
+    for _ in range(position + 1):
+        draw.exponential_(1, generator=generator)
+    return -decoding.temperature * draw[0].log()
 
 
 def describe_divergence(
-    target: PreTrainedModel, prompt: Prompt, seed: int, plain_ids: list[int], assisted_ids: list[int]
+    target: PreTrainedModel,
+    prompt: Prompt,
+    decoding: Decoding,
+    seed: int,
+    plain_ids: list[int],
+    assisted_ids: list[int],
 ) -> Divergence | None:
     position = find_divergence(plain_ids, assisted_ids)
     if position is None:
         return None
-    tokens = [ids[position] if position < len(ids) else None for ids in (plain_ids, assisted_ids)]
-    gap = None
+    tokens = tuple(ids[position] if position < len(ids) else None for ids in (plain_ids, assisted_ids))
+    gap = spacing = None
     if None not in tokens:
         prefix = torch.cat([prompt.input_ids, prompt.input_ids.new_tensor([plain_ids[:position]])], dim=1)
-        gap = logit_gap(target, prefix.to(target.device), *tokens)
-    return Divergence(prompt.name, seed, position, *tokens, gap)
+        noise = sampling_noise(target, decoding, seed, position)
+        gap, spacing = logit_gap(target, prefix.to(target.device), tokens, noise)
+    return Divergence(prompt.name, seed, position, *tokens, gap, spacing)
 
 
 def warm_up(target: PreTrainedModel, draft: PreTrainedModel, prompt: Prompt, decoding: Decoding) -> None:
@@ -160,7 +198,7 @@ def compare(target: PreTrainedModel, draft: PreTrainedModel, prompt: Prompt, dec
     input_ids = prompt.input_ids.to(target.device)
     plain = generate_timed(target, input_ids, decoding, seed)
     assisted = generate_timed(target, input_ids, decoding, seed, draft=draft)
-    divergence = describe_divergence(target, prompt, seed, plain.token_ids, assisted.token_ids)
+    divergence = describe_divergence(target, prompt, decoding, seed, plain.token_ids, assisted.token_ids)
     return Comparison(prompt.name, seed, plain, assisted, draft.speculation_stats, divergence)
 
 
@@ -201,6 +239,7 @@ def summarise(comparisons: list[Comparison]) -> dict[str, Any]:
         "plain_tokens_per_second": plain_rate,
         "assisted_tokens_per_second": assisted_rate,
         "speedup": assisted_rate / plain_rate,
+        **sum_seconds(stats),
         "lossless": not divergences,
         "num_divergent": len(divergences),
         "first_divergence": vars(divergences[0]) if divergences else None,
@@ -209,6 +248,28 @@ def summarise(comparisons: list[Comparison]) -> dict[str, Any]:
         "num_rounds": len(round_lengths),
         "num_tokens": num_tokens,
     }
+
+
+def describe_texts(comparisons: list[Comparison]) -> list[dict[str, Any]]:
+    """What `texts.jsonl` says of each text."""
+    return [
+        {
+            "prompt": one.prompt,
+            "seed": one.seed,
+            "num_tokens": len(one.assisted.token_ids),
+            "acceptance_lengths": one.stats.acceptance_lengths,
+            "divergence": vars(one.divergence) if one.divergence is not None else None,
+        }
+        for one in comparisons
+    ]
+
+
+def sum_seconds(stats: list) -> dict[str, float]:
+    """Seconds of the assisted calls, and the share of the rounds in which neither model was in a forward."""
+    parts = ("prefill_seconds", "draft_seconds", "target_seconds", "host_seconds")
+    seconds = {name: sum(getattr(one, name) for one in stats) for name in parts}
+    in_rounds = sum(seconds.values()) - seconds["prefill_seconds"]
+    return seconds | {"host_share": seconds["host_seconds"] / in_rounds if in_rounds else 0.0}
 
 
 def tokens_per_second(runs: list[Run]) -> float:

@@ -6,7 +6,7 @@ committed tokens and its own ancestors, in a sliding-window layer those that are
 Not every target takes such a mask (FlashAttention has none, ALiBi reads positions off a 2D mask), and none says so:
 `can_branch` tries it on four tokens.
 
-Shapes: N nodes, T committed tokens in the cache, K keys of a layer.
+Shapes: B batch, N nodes, T committed tokens in the cache, K keys of a layer.
 """
 
 import logging
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from .memory import additive_mask
 from .tree import DraftTree
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,14 @@ TOLERATED_SHARE = 0.1
 _known_targets: WeakKeyDictionary[PreTrainedModel, dict] = WeakKeyDictionary()
 
 
-def branching_inputs(target: PreTrainedModel, tree: DraftTree, inputs: dict, model_kwargs: dict) -> dict:
+def branching_inputs(
+    target: PreTrainedModel,
+    tree: DraftTree,
+    inputs: dict,
+    model_kwargs: dict,
+    lengths: list[int] | None = None,
+    max_length: int | None = None,
+) -> dict:
     """
     The inputs of a forward over `tree` that differ from those of a chain.
 
@@ -35,6 +43,9 @@ def branching_inputs(target: PreTrainedModel, tree: DraftTree, inputs: dict, mod
         tree ([`DraftTree`]): Any tree.
         inputs (`dict`): What the target would get if the nodes were one chain.
         model_kwargs (`dict`): The target's generation state, with the cache and the 2D mask of the committed tokens.
+        lengths (`list[int]`, *optional*): Slots of the cache that hold each sequence's tokens, the first ones; `None`:
+            all of them.
+        max_length (`int`, *optional*): No node needs a place beyond so many tokens.
 
     Returns:
         `dict`: `attention_mask`, additive and 4D, one for each kind of layer where there are several, and
@@ -42,44 +53,60 @@ def branching_inputs(target: PreTrainedModel, tree: DraftTree, inputs: dict, mod
     """
     cache, mask = model_kwargs["past_key_values"], model_kwargs.get("attention_mask")
     num_committed = cache.get_seq_length()
-    is_token = torch.ones(num_committed, dtype=torch.bool, device=tree.token_ids.device)
+    is_token = torch.ones(len(tree.token_ids), num_committed, dtype=torch.bool, device=tree.token_ids.device)
     if mask is not None:
-        is_token = mask[0, :num_committed].to(is_token)
-    return {
-        "attention_mask": tree_masks(target, cache, tree, is_token),
-        "position_ids": inputs["position_ids"][..., :1] + tree.depths.to(inputs["position_ids"].device),
-    }
+        is_token = mask[:, :num_committed].to(is_token)
+    slots = num_committed + tree.depths
+    if lengths is not None:
+        lengths = torch.tensor(lengths, device=is_token.device)[:, None]
+        is_token = is_token & (torch.arange(num_committed, device=is_token.device) < lengths)
+        slots = (lengths + tree.depths).clamp(max=max_length - 1)
+    # The inputs' first position is that of the first new slot.
+    positions = inputs["position_ids"][..., :1] + (slots - num_committed).to(inputs["position_ids"].device)
+    return {"attention_mask": tree_masks(target, cache, tree, is_token, slots), "position_ids": positions}
 
 
-def tree_masks(target: PreTrainedModel, cache: Cache, tree: DraftTree, is_token: Tensor) -> Tensor | dict[str, Tensor]:
-    """One mask `(1, 1, N, K)`, or one for each of the target's layer types."""
-    layer_types = getattr(target.config.get_text_config(decoder=True), "layer_types", None) or ["the only one"]
-    masks = {
-        kind: tree_mask(cache.layers[layer_types.index(kind)], tree, is_token, target.dtype)
-        for kind in dict.fromkeys(layer_types)
-    }
+def tree_masks(
+    target: PreTrainedModel, cache: Cache, tree: DraftTree, is_token: Tensor, slots: Tensor
+) -> Tensor | dict[str, Tensor]:
+    """One mask `(B, 1, N, K)`, or one for each of the target's layer types."""
+    config = target.config.get_text_config(decoder=True)
+    layer_types = getattr(config, "layer_types", None) or ["the only one"]
+    masks = {}
+    for kind in dict.fromkeys(layer_types):
+        layer = cache.layers[layer_types.index(kind)]
+        masks[kind] = tree_mask(layer, window_of(layer, kind, config), tree, is_token, slots, target.dtype)
     return masks if len(masks) > 1 else next(iter(masks.values()))
 
 
-def tree_mask(layer, tree: DraftTree, is_token: Tensor, dtype: torch.dtype) -> Tensor:
+def window_of(layer, kind: str, config) -> int | None:
+    """The sliding window of a kind of layers, also where the cache was made without knowing of it."""
+    if layer.is_sliding:
+        return layer.sliding_window
+    return None if kind == "full_attention" else getattr(config, "sliding_window", None)
+
+
+def tree_mask(
+    layer, window: int | None, tree: DraftTree, is_token: Tensor, slots: Tensor, dtype: torch.dtype
+) -> Tensor:
     """
-    Who sees which key of a cache layer, `(1, 1, N, K)`, added to the scores.
+    Who sees which key of a cache layer, `(B, 1, N, K)`, added to the scores.
 
     Args:
         layer (`CacheLayerMixin`): Before the nodes are appended.
+        window (`int`, *optional*): How many tokens are seen, itself included; `None`: all.
         tree ([`DraftTree`]): Any tree.
-        is_token (`torch.BoolTensor` of shape `(T,)`): False where a committed position is padding.
+        is_token (`torch.BoolTensor` of shape `(B, T)`): Whether a slot of the cache holds a token of its sequence.
+        slots (`torch.LongTensor` of shape `(B, N)`): Where each node would stand if its path were the text.
         dtype (`torch.dtype`): Of the mask.
     """
-    num_committed, depths = len(is_token), tree.depths
     num_keys, first_key = layer.get_mask_sizes(len(tree))
-    positions = torch.cat([torch.arange(num_committed, device=depths.device), num_committed + depths])
-    sees = torch.cat([is_token.expand(len(tree), -1), tree.attends], dim=1)  # (N, T + N)
-    if layer.is_sliding:
-        sees &= (num_committed + depths)[:, None] - positions < layer.sliding_window
-    sees = sees[:, first_key : first_key + num_keys]
-    mask = torch.zeros(sees.shape, dtype=dtype, device=sees.device)
-    return mask.masked_fill_(~sees, torch.finfo(dtype).min)[None, None]
+    sees = torch.cat([is_token[:, None].expand(-1, len(tree), -1), tree.attends], dim=2)  # (B, N, T + N)
+    if window is not None:
+        committed = torch.arange(is_token.shape[1], device=slots.device).expand_as(is_token)
+        key_slots = torch.cat([committed, slots], dim=1)
+        sees &= slots[..., None] - key_slots[:, None] < window
+    return additive_mask(sees[..., first_key : first_key + num_keys], dtype)
 
 
 def can_branch(target: PreTrainedModel) -> bool:
@@ -110,9 +137,9 @@ def _why_not(target: PreTrainedModel) -> str | None:
     try:
         tokens = torch.arange(7, device=target.get_input_embeddings().weight.device)
         prompt, root, first, second, third = tokens[:3], *tokens[3:].split(1)
-        tree = DraftTree(tokens[3:], parents=torch.tensor([0, 0, 0, 1], device=tokens.device))
-        branched = _read(target, prompt, tree.token_ids, tree)
-        causal = _read(target, prompt, tree.token_ids, None)
+        tree = DraftTree(tokens[None, 3:], parents=torch.tensor([[0, 0, 0, 1]], device=tokens.device))
+        branched = _read(target, prompt, tokens[3:], tree)
+        causal = _read(target, prompt, tokens[3:], None)
         paths = [_read(target, prompt, torch.cat(path), None) for path in ([root, first, third], [root, second])]
     except Exception as error:  # whatever a target raises for a mask that it does not take
         return f"{type(error).__name__}: {error}"

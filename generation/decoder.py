@@ -11,6 +11,8 @@ has been chosen but not read.
 Source: EAGLE-3, arXiv:2503.01840.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList
@@ -18,12 +20,18 @@ from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from .branching import can_branch
-from .caches import cache_bytes, keep_path
-from .drafting import DraftMemory, draft_tree
+from .caches import keep_path
+from .drafting import draft_tree
+from .memory import DraftMemory
 from .metrics import SpeculationStats
-from .support import check_call, tree_plan
+from .ragged import RaggedTexts
+from .sizing import sizes_for
+from .support import TreePlan, check_call, may_differ_in_length, pad_token, tree_plan
+from .timing import CallTimes
 from .transcript import Transcript
-from .verification import accept_path, read_tree
+from .tree import DraftTree
+from .verification import TextsInStep, Verdict, read_tree
+from .windows import forget_unseen, uneven_windows
 
 
 @torch.no_grad()
@@ -48,14 +56,14 @@ def generate(
     Args:
         target (`PreTrainedModel`): The model whose text is generated.
         draft ([`Eagle3MLADraftModel`]): The head; its `generation_config` says how large the trees are.
-        input_ids (`torch.LongTensor` of shape `(1, T)`): The prompt.
+        input_ids (`torch.LongTensor` of shape `(B, T)`): The prompts, padded on the left.
         logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs:
             As `generate()` prepared them.
         inputs_tensor, tokenizer, assistant_tokenizer:
             Given by `generate()` to every assistant, not needed here.
 
     Returns:
-        `torch.LongTensor` of shape `(1, T + new)`, or `GenerateDecoderOnlyOutput` for `return_dict_in_generate`.
+        `torch.LongTensor` of shape `(B, T + new)`, or `GenerateDecoderOnlyOutput` for `return_dict_in_generate`.
 
     Raises:
         ValueError: If target and draft do not belong together.
@@ -63,21 +71,23 @@ def generate(
 
     **Effects**: `draft.speculation_stats` is replaced. The random generator ends where plain sampling leaves it.
     """
-    check_call(target, draft, input_ids, generation_config, synced_gpus, model_kwargs)
+    check_call(target, draft, generation_config, synced_gpus, model_kwargs)
     wants_output = generation_config.return_dict_in_generate
     transcript = Transcript(
         input_ids,
         logits_processor,
         stopping_criteria,
         do_sample=bool(generation_config.do_sample),
+        pad_token_id=pad_token(generation_config, input_ids),
         scores=() if wants_output and generation_config.output_scores else None,
         logits=() if wants_output and generation_config.output_logits else None,
         streamer=streamer,
     )
-    stats = draft.speculation_stats = SpeculationStats()
+    stats = draft.speculation_stats = SpeculationStats(times=CallTimes(target.device, draft.device))
     try:
         cache = decode(target, draft, transcript, stats, generation_config, model_kwargs)
     finally:
+        stats.times.end()
         if streamer is not None:
             streamer.end()
     if not wants_output:
@@ -101,45 +111,66 @@ def decode(
     **Effects**: fills `transcript` and `stats`.
     """
     captured = draft.capture_aux_hidden_states(target)
-    with captured:
+    with captured, stats.times.prefill:
         outputs = target._prefill(transcript.input_ids, generation_config, model_kwargs)
     transcript.extend(outputs.logits[:, -1].to(dtype=torch.float32, device=transcript.input_ids.device, copy=True))
     model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs)
     cache = outputs.past_key_values
     # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
     cache.activate_past_recording()
-    memory = first_memory(captured.take(), transcript.input_ids, model_kwargs)
-    stats.target_calls, stats.new_tokens = 1, 1
+    memory = DraftMemory.of_prompt(captured.take(), transcript.input_ids, model_kwargs.get("attention_mask"))
+    stats.target_calls, stats.new_tokens = 1, len(transcript.input_ids)
     transcript.flush()
+    stats.times.begin_rounds(target, draft)
 
-    while not transcript.is_finished:
-        plan = tree_plan(draft).at_most(transcript.max_new_tokens - 1)
-        if plan.top_k > 1 and not can_branch(target):
-            plan = plan.as_chain()
-        tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, transcript.noise)
-        with captured:
-            outputs, logits = read_tree(target, tree, transcript, model_kwargs)
-        verdict = accept_path(tree, logits, transcript)
+    texts = RaggedTexts(transcript) if may_differ_in_length(target, transcript) else TextsInStep(transcript)
+    sizes = sizes_for(draft, target, largest_plan(draft, target), len(transcript.input_ids))
+    max_length = transcript.stopping_criteria.max_length
+    with uneven_windows(cache) if texts.lengths else nullcontext():
+        while not transcript.is_finished:
+            plan = sizes.begin_round().at_most(transcript.max_new_tokens - 1)
+            tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, texts.noise)
+            tree = texts.fit(tree, plan.depth)
+            with captured:
+                outputs, logits = read_tree(target, tree, texts.ids, model_kwargs, texts.lengths, max_length)
+            verdict = texts.accept(tree, logits)
+            model_kwargs = keep(target, tree, verdict, outputs, model_kwargs)
+            memory.await_rows(along(verdict.path, captured.take()), verdict.tokens, verdict.num_kept)
 
-        num_kept, path = len(verdict.path), torch.tensor(verdict.path, device=tree.token_ids.device)
-        keep_path(cache, len(tree), path)
-        model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_kept)
-        states = captured.take()
-        memory.await_rows(states[:, path.to(states.device)], transcript.input_ids[:, -num_kept:])
-
-        stats.target_calls += 1
-        stats.record(num_kept, verdict.num_accepted, verdict.num_tried, tree.deepest)
-        stats.drafted_nodes += len(tree) - 1
-        stats.draft_cache_bytes, stats.draft_cache_tokens = cache_bytes(memory.cache), memory.cache.get_seq_length()
-        transcript.flush()
+            stats.target_calls += 1
+            stats.record(verdict.walks, len(tree) - 1, tree.deepest)
+            stats.draft_cache_bytes, stats.draft_cache_tokens = memory.num_bytes, memory.cache.get_seq_length()
+            sizes.end_round(plan, verdict.walks)
+            transcript.flush()
+    stats.new_tokens -= texts.num_discarded
     return cache
 
 
-def first_memory(aux_hidden_states: Tensor, input_ids: Tensor, model_kwargs: dict) -> DraftMemory:
-    """The prompt's rows, all pending: states `(1, T, 3 * Dt)` and tokens `(1, T + 1)`, without padding."""
-    tokens = input_ids
-    mask = model_kwargs.get("attention_mask")
-    if mask is not None and mask[0, :-1].any():
-        is_token = mask[0].bool()
-        tokens, aux_hidden_states = tokens[:, is_token], aux_hidden_states[:, is_token[:-1]]
-    return DraftMemory(aux_hidden_states, tokens[:, 1:])
+def largest_plan(draft, target: PreTrainedModel) -> TreePlan:
+    """The size that the draft's settings ask for, as a chain where the target cannot read trees."""
+    plan = tree_plan(draft)
+    return plan if plan.top_k == 1 or can_branch(target) else plan.as_chain()
+
+
+def keep(target: PreTrainedModel, tree: DraftTree, verdict: Verdict, outputs, model_kwargs: dict) -> dict:
+    """
+    Lets the target forget what was not accepted.
+
+    Returns:
+        `dict`: Its generation state for the longest sequence.
+
+    **Effects**: shortens the cache.
+    """
+    cache = outputs.past_key_values
+    num_before = cache.get_seq_length() - len(tree)
+    keep_path(cache, len(tree), verdict.path, verdict.lengths, verdict.num_kept, tree.is_chain)
+    forget_unseen(cache, min(map(sum, zip(verdict.lengths, verdict.num_kept, strict=True))))
+    num_new = cache.get_seq_length() - num_before
+    if num_new > 0:
+        model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_new)
+    return model_kwargs
+
+
+def along(path: Tensor, states: Tensor) -> Tensor:
+    """The states of a path, `(B, P)` and `(B, N, D)` -> `(B, P, D)`."""
+    return states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))

@@ -1,51 +1,22 @@
 """Drafting: the head proposes the tokens that the target will probably choose.
 
-The EAGLE shift, stated here once: the draft's row i pairs the target's states at token i with the embedding of token
-i + 1, sits at RoPE position i, and predicts token i + 2. So after a round the rows of all committed tokens are known
-except the newest token's own, which the target has not read.
-
 Rows that were drafted in a round hold guesses (their states are the draft's). They are dropped, and the next round
 begins by appending the rows of the accepted tokens from the target's true states.
 
-Shapes: M new rows, T rows so far, W nodes of one depth, D the draft's hidden size, V and Vd vocabularies of target and
-draft.
+Shapes: B batch, L slots of the draft's cache, W nodes of one depth, V and Vd vocabularies of target and draft.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessorList, PreTrainedModel
 
-from .caches import forget_last, new_draft_cache
-from .sampling import Noise, stateless_warpers
+from .caches import forget_last
+from .memory import DraftMemory, additive_mask
+from .sampling import Noise, RowNoise, stateless_warpers
 from .support import TreePlan
 from .tree import DraftTree, build_chain, build_tree
-
-
-@dataclass
-class DraftMemory:
-    """
-    What the draft knows of the text: the latents of past rows, and the rows that are still to be read.
-
-    Args:
-        cache (`DynamicCache`): Latents of rows from true states of the target.
-        pending_states (`torch.Tensor` of shape `(1, M, 3 * Dt)`): The target's states, not yet read by the draft.
-        pending_tokens (`torch.LongTensor` of shape `(1, M)`): For each of them the token that follows.
-    """
-
-    pending_states: Tensor
-    pending_tokens: Tensor
-    cache: DynamicCache = field(default_factory=new_draft_cache)
-
-    def await_rows(self, states: Tensor, tokens: Tensor) -> None:
-        """Adds accepted rows to the pending ones."""
-        self.pending_states = torch.cat([self.pending_states, states], dim=1)
-        self.pending_tokens = torch.cat([self.pending_tokens, tokens], dim=1)
-
-    def mark_read(self) -> None:
-        """Nothing is pending any more."""
-        self.pending_states, self.pending_tokens = self.pending_states[:, :0], self.pending_tokens[:, :0]
 
 
 @dataclass
@@ -54,9 +25,9 @@ class Frontier:
     The nodes whose continuations come next: the draft's rows of one depth.
 
     Args:
-        candidates (`torch.LongTensor` of shape `(W,)`): Their indices among all candidates; -1 is the root.
-        scores (`torch.Tensor` of shape `(W,)`): Log-probability of the path to each, fp32.
-        sees (`torch.BoolTensor` of shape `(W, rows)`): Which of the rows drafted in this round each attends to.
+        candidates (`torch.LongTensor` of shape `(B, W)`): Their indices among all candidates; -1 is the root.
+        scores (`torch.Tensor` of shape `(B, W)`): Log-probability of the path to each, fp32.
+        sees (`torch.BoolTensor` of shape `(B, W, rows)`): Which of the rows drafted in this round each attends to.
     """
 
     candidates: Tensor
@@ -70,7 +41,7 @@ def draft_tree(
     memory: DraftMemory,
     plan: TreePlan,
     logits_processor: LogitsProcessorList,
-    noise: Noise | None,
+    noise: Noise | RowNoise | None,
 ) -> DraftTree:
     """
     What the draft expects after the newest committed token (EAGLE-2, arXiv:2406.16858).
@@ -91,67 +62,68 @@ def draft_tree(
 
     **Effects**: the pending rows move to `memory.cache`, which holds no guesses afterwards.
     """
-    root = memory.pending_tokens[0, -1:]
+    root = memory.pending_tokens[:, -1:]
     if plan.depth == 0:
         return build_chain(root)
     warpers = stateless_warpers(logits_processor)
-    outputs = draft(
-        inputs_embeds=draft.embed(memory.pending_tokens, target),
-        aux_hidden_states=memory.pending_states,
-        past_key_values=memory.cache,
-        logits_to_keep=1,
-    )
-    memory.mark_read()
-    num_rows, device = memory.cache.get_seq_length(), outputs.logits.device
+    outputs = memory.read(draft, target)
+    num_slots, device, batch_size = memory.cache.get_seq_length(), outputs.logits.device, len(root)
     frontier = Frontier(
-        candidates=torch.full((1,), -1, device=device),
-        scores=torch.zeros(1, device=device),
-        sees=torch.zeros(1, 0, dtype=torch.bool, device=device),
+        candidates=torch.full((batch_size, 1), -1, device=device),
+        scores=torch.zeros(batch_size, 1, device=device),
+        sees=torch.zeros(batch_size, 1, 0, dtype=torch.bool, device=device),
     )
+    itself = torch.eye(plan.top_k, dtype=torch.bool, device=device).expand(batch_size, -1, -1)
     token_ids, parents, scores = [], [], []
     for depth in range(plan.depth):
-        logits, num_before = outputs.logits[0], sum(map(len, scores))
+        logits, num_before = outputs.logits, sum(each.shape[1] for each in scores)
         log_probs, draft_ids = expected_log_probs(draft, logits, warpers, noise, ahead=depth).topk(plan.top_k)
-        token_ids.append(draft.draft_to_target(draft_ids).flatten())  # (W * top_k,)
-        parents.append(frontier.candidates.repeat_interleave(plan.top_k))
-        scores.append((frontier.scores[:, None] + log_probs).flatten())
+        token_ids.append(draft.draft_to_target(draft_ids).flatten(1))  # (B, W * top_k)
+        parents.append(frontier.candidates.repeat_interleave(plan.top_k, dim=1))
+        scores.append((frontier.scores[..., None] + log_probs).flatten(1))
         if depth + 1 == plan.depth or is_unsure(logits, draft_ids, plan.confidence_threshold):
             break
-        chosen = scores[-1].topk(plan.top_k).indices
-        rows = chosen // plan.top_k
-        itself = torch.eye(plan.top_k, dtype=torch.bool, device=device)
-        frontier = Frontier(num_before + chosen, scores[-1][chosen], torch.cat([frontier.sees[rows], itself], dim=1))
+        chosen_scores, chosen = scores[-1].topk(plan.top_k)
+        rows = (chosen // plan.top_k)[..., None]  # (B, W, 1)
+        sees = frontier.sees.gather(1, rows.expand(-1, -1, frontier.sees.shape[-1]))
+        frontier = Frontier(num_before + chosen, chosen_scores, torch.cat([sees, itself], dim=2))
         outputs = draft(
-            inputs_embeds=draft.embed(token_ids[-1][chosen][None], target),
-            fused_states=outputs.states[:, rows],
+            inputs_embeds=draft.embed(token_ids[-1].gather(1, chosen), target),
+            fused_states=outputs.states.gather(1, rows.expand(-1, -1, outputs.states.shape[-1])),
             past_key_values=memory.cache,
-            **tree_inputs(frontier, num_rows, outputs.states.dtype),
+            **tree_inputs(memory, frontier, num_slots, outputs.states.dtype),
         )
-    forget_last(memory.cache, memory.cache.get_seq_length() - num_rows)
-    proposals = torch.cat(token_ids).to(root.device)
+    forget_last(memory.cache, memory.cache.get_seq_length() - num_slots)
+    proposals = torch.cat(token_ids, dim=1).to(root.device)
     if plan.top_k == 1:
-        return build_chain(torch.cat([root, proposals]))
-    return build_tree(
-        root, proposals, torch.cat(parents).to(root.device), torch.cat(scores).to(root.device), plan.num_nodes
-    )
+        return build_chain(torch.cat([root, proposals], dim=1))
+    parents, scores = torch.cat(parents, dim=1).to(root.device), torch.cat(scores, dim=1).to(root.device)
+    return build_tree(root, proposals, parents, scores, plan.num_nodes, max_depth=len(token_ids))
 
 
-def tree_inputs(frontier: Frontier, num_rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The draft's mask and positions for the rows of a frontier; a chain needs neither."""
-    width, num_drafted = frontier.sees.shape
-    if width == 1:
+def tree_inputs(memory: DraftMemory, frontier: Frontier, num_slots: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The draft's mask and positions for the rows of a frontier; chains after equally many rows need neither."""
+    batch_size, width, num_drafted = frontier.sees.shape
+    if width == 1 and memory.has_even_rows:
         return {}
     device = frontier.sees.device
-    mask = torch.zeros(width, num_rows + num_drafted, dtype=dtype, device=device)
-    mask[:, num_rows:].masked_fill_(~frontier.sees, torch.finfo(dtype).min)
-    drafted = num_rows + torch.arange(num_drafted // width, device=device).repeat_interleave(width)
-    positions = torch.cat([torch.arange(num_rows, device=device), drafted])[None]
-    return {"attention_mask": mask[None, None], "key_position_ids": positions, "position_ids": positions[:, -width:]}
+    past = memory.sees(num_slots, device)  # (B, L)
+    sees = torch.cat([past[:, None].expand(-1, width, -1), frontier.sees], dim=2)
+    depths = torch.arange(num_drafted // width, device=device).repeat_interleave(width)
+    drafted = torch.tensor(memory.num_rows, device=device)[:, None] + depths
+    positions = torch.cat([torch.arange(num_slots, device=device).expand(batch_size, -1), drafted], dim=1)
+    return {
+        "attention_mask": additive_mask(sees, dtype),
+        "key_position_ids": positions,
+        "position_ids": positions[:, -width:],
+    }
 
 
-def expected_log_probs(draft, logits: Tensor, warpers: LogitsProcessorList, noise: Noise | None, ahead: int) -> Tensor:
+def expected_log_probs(
+    draft, logits: Tensor, warpers: LogitsProcessorList, noise: Noise | RowNoise | None, ahead: int
+) -> Tensor:
     """
-    Log-probability of each draft id to be the target's choice, fp32, given the draft's logits `(W, Vd)`.
+    Log-probability of each draft id to be the target's choice, fp32, given the draft's logits `(B, W, Vd)`.
 
     When sampling, the target will choose `argmax(p / e)`. The draft knows e, so its guess is `q / e`, normalised, with
     its own distribution q under the target's temperature and filters.
@@ -159,12 +131,13 @@ def expected_log_probs(draft, logits: Tensor, warpers: LogitsProcessorList, nois
     if noise is None:
         return logits.float().log_softmax(dim=-1)
     all_ids = draft.draft_to_target(torch.arange(logits.shape[-1], device=logits.device))  # (Vd,)
-    ahead_noise = noise.peek(ahead).to(logits.device)[:, all_ids]  # (1, Vd)
-    return (warpers(None, logits.float()) - ahead_noise.log()).log_softmax(dim=-1)
+    ahead_noise = noise.peek(ahead).to(logits.device)[:, None, all_ids]  # (B, 1, Vd)
+    warped = warpers(None, logits.float().flatten(0, 1)).view(logits.shape)
+    return (warped - ahead_noise.log()).log_softmax(dim=-1)
 
 
 def is_unsure(logits: Tensor, draft_ids: Tensor, threshold: float | None) -> bool:
-    """True if the draft gives each of its proposals `(W, top_k)` a probability below `threshold`, if there is one."""
+    """True if the draft gives all its proposals `(B, W, top_k)` a probability below `threshold`, if there is one."""
     if threshold is None:
         return False
-    return bool((logits.float().softmax(dim=-1).gather(1, draft_ids) < threshold).all())
+    return bool((logits.float().softmax(dim=-1).gather(-1, draft_ids) < threshold).all())

@@ -1,10 +1,17 @@
-"""What happened in one call: rounds, accepted tokens by depth, memory.
+"""What happened in one call: rounds, accepted tokens by depth, memory, time.
 
 Counted are tokens that were emitted, never tokens that were only drafted; a round that end-of-sequence or the length
 limit cuts short counts what it emitted. The prefill, which emits the first token without any draft, is not a round.
+
+In a batch each sequence counts its own rounds until it is finished; padding counts nowhere. A sequence that is ahead
+when a time limit or a criterion ends the text for all has counted rounds whose tokens were thrown away: they are in
+`acceptance_lengths`, not in `new_tokens`.
 """
 
 from dataclasses import dataclass, field
+
+from .timing import CallTimes
+from .verification import Walks
 
 
 @dataclass
@@ -19,11 +26,12 @@ class SpeculationStats:
         acceptance_lengths (`list[int]`): Tokens that each round emitted, bonus token included.
         drafted_by_depth (`list[int]`): Rounds in which a token of that depth was drafted and its parent emitted.
         accepted_by_depth (`list[int]`): Rounds in which it was emitted.
-        target_calls (`int`): Forwards of the target, prefill included.
-        new_tokens (`int`): Emitted tokens, that of the prefill included.
+        target_calls (`int`): Forwards of the target, prefill included; one forward reads the whole batch.
+        new_tokens (`int`): Emitted tokens, those of the prefill included.
         drafted_nodes (`int`): Draft tokens that the target has read, accepted or not.
         draft_cache_bytes (`int`): Bytes of the draft's cache after the last round.
-        draft_cache_tokens (`int`): Positions in it.
+        draft_cache_tokens (`int`): Positions in it, of the longest sequence.
+        times ([`CallTimes`]): Behind the properties that end in `_seconds`.
     """
 
     acceptance_lengths: list[int] = field(default_factory=list)
@@ -34,6 +42,7 @@ class SpeculationStats:
     drafted_nodes: int = 0
     draft_cache_bytes: int = 0
     draft_cache_tokens: int = 0
+    times: CallTimes = field(default_factory=CallTimes, compare=False)
 
     @property
     def rounds(self) -> int:
@@ -49,21 +58,47 @@ class SpeculationStats:
         """Share of the reached draft tokens that were accepted; index 0 is the first token after the root."""
         return [hit / tried for hit, tried in zip(self.accepted_by_depth, self.drafted_by_depth, strict=True) if tried]
 
-    def record(self, num_emitted: int, num_accepted: int, num_tried: int, deepest: int) -> None:
+    @property
+    def prefill_seconds(self) -> float:
+        """Seconds in which the target read the prompt."""
+        return self.times.prefill.seconds
+
+    @property
+    def draft_seconds(self) -> float:
+        """Seconds of the draft's forwards; those over the prompt, which the first round begins with, included."""
+        return self.times.draft.seconds
+
+    @property
+    def target_seconds(self) -> float:
+        """Seconds of the target's forwards in the rounds."""
+        return self.times.target.seconds
+
+    @property
+    def round_seconds(self) -> float:
+        """Seconds of all rounds."""
+        return self.times.round_seconds
+
+    @property
+    def host_seconds(self) -> float:
+        """Seconds of the rounds in which neither model was in a forward."""
+        return self.round_seconds - self.draft_seconds - self.target_seconds
+
+    def record(self, walks: Walks, num_nodes: int, deepest: int) -> None:
         """
-        Adds one round.
+        Adds one round of each sequence that was not finished before it.
 
         Args:
-            num_emitted (`int`): Tokens emitted.
-            num_accepted (`int`): How many of them were draft tokens.
-            num_tried (`int`): After how many of the nodes that were walked something had been drafted.
+            walks ([`Walks`]): How far each came.
+            num_nodes (`int`): Draft tokens that the target has read for each.
             deepest (`int`): Depth of the deepest draft token that the round could have.
         """
-        self.acceptance_lengths.append(num_emitted)
-        self.new_tokens += num_emitted
+        self.acceptance_lengths += walks.num_emitted
+        self.new_tokens += sum(walks.num_emitted)
+        self.drafted_nodes += num_nodes * len(walks.num_emitted)
         missing = deepest - len(self.drafted_by_depth)
         self.drafted_by_depth += [0] * missing
         self.accepted_by_depth += [0] * missing
-        for depth in range(num_tried):
-            self.drafted_by_depth[depth] += 1
-            self.accepted_by_depth[depth] += depth < num_accepted
+        for num_accepted, num_tried in zip(walks.num_accepted, walks.num_tried, strict=True):
+            for depth in range(num_tried):
+                self.drafted_by_depth[depth] += 1
+                self.accepted_by_depth[depth] += depth < num_accepted

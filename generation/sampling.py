@@ -10,10 +10,11 @@ Shapes: B batch, V the target's vocabulary.
 """
 
 from collections import deque
+from typing import NoReturn
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
 # Warpers that look at the scores alone, hence also at a draft's.
@@ -73,6 +74,25 @@ class Noise:
         self.draws: deque[tuple[Tensor, Tensor]] = deque()
 
 
+class RowNoise:
+    """
+    The noise of sequences that are not at the same place.
+
+    Args:
+        noise ([`Noise`]): Its next token is that of the sequences that are furthest behind.
+        leads (`list[int]`): How many tokens each sequence is ahead of these.
+    """
+
+    def __init__(self, noise: Noise, leads: list[int]):
+        self.noise, self.leads = noise, leads
+
+    def peek(self, ahead: int) -> Tensor:
+        """Noise `(B, V)` of the token that is `ahead` places after each sequence's next one."""
+        if len(set(self.leads)) == 1:
+            return self.noise.peek(self.leads[0] + ahead)
+        return torch.stack([self.noise.peek(lead + ahead)[row] for row, lead in enumerate(self.leads)])
+
+
 def default_generator(device: torch.device) -> torch.Generator:
     """The generator that `torch.multinomial` uses on `device`."""
     if device.type == "cpu":
@@ -92,8 +112,23 @@ def check_distribution(scores: Tensor) -> None:
     Raises:
         RuntimeError: If one is NaN or infinite, or all are minus infinity.
     """
-    if not scores.max(dim=-1).values.isfinite().all():
-        raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
+    if not is_distribution(scores).all():
+        raise_no_distribution()
+
+
+def is_distribution(scores: Tensor) -> Tensor:
+    """Whether scores `(..., V)` are a distribution after the softmax."""
+    return scores.max(dim=-1).values.isfinite()
+
+
+def raise_no_distribution() -> NoReturn:
+    """
+    Raises what `torch.multinomial` raises.
+
+    Raises:
+        RuntimeError: Always.
+    """
+    raise RuntimeError("probability tensor contains either `inf`, `nan` or element < 0")
 
 
 def choose_token(scores: Tensor, noise: Tensor | None) -> Tensor:
@@ -111,4 +146,9 @@ def choose_token(scores: Tensor, noise: Tensor | None) -> Tensor:
 
 def stateless_warpers(logits_processor: LogitsProcessorList) -> LogitsProcessorList:
     """Those of the target's processors that can be applied to the draft's scores."""
-    return LogitsProcessorList(each for each in logits_processor if type(each) in STATELESS_WARPERS)
+    return LogitsProcessorList(filter(is_stateless, logits_processor))
+
+
+def is_stateless(processor: LogitsProcessor) -> bool:
+    """Whether a processor looks at the scores alone."""
+    return type(processor) in STATELESS_WARPERS

@@ -3,13 +3,49 @@
 Everything that `generate()` accepts and that has no exact assisted form is refused here by name, never approximated.
 """
 
+import logging
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers.generation import logits_process, stopping_criteria
 
-# Depth of the trees with which EAGLE-2 and EAGLE-3 are reported.
-DEFAULT_TREE_DEPTH = 7
+from .branching import can_branch
+from .sampling import STATELESS_WARPERS, is_stateless
+from .transcript import Transcript
+
+logger = logging.getLogger(__name__)
+
+# Depth of the trees with which EAGLE-2 and EAGLE-3 are reported: the published code expands 7 times after the first.
+DEFAULT_TREE_DEPTH = 8
+# transformers' own names: fixed, or by what earlier rounds of all calls, or of the same one, accepted.
+SCHEDULES = ("constant", "heuristic", "heuristic_transient")
+_reasons_given: set[str] = set()
+# Processors and criteria of transformers that are functions of one sequence's text: no state, no random numbers, no
+# functions of the user's (`prefix_allowed_tokens_fn` may know which texts it will see).
+PREFIX_PROCESSORS = (
+    logits_process.EncoderNoRepeatNGramLogitsProcessor,
+    logits_process.EncoderRepetitionPenaltyLogitsProcessor,
+    logits_process.ExponentialDecayLengthPenalty,
+    logits_process.ForcedBOSTokenLogitsProcessor,
+    logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.NoBadWordsLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.RepetitionPenaltyLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+    logits_process.SuppressTokensLogitsProcessor,
+)
+STOCK_CRITERIA = (
+    stopping_criteria.EosTokenCriteria,
+    stopping_criteria.MaxLengthCriteria,
+    stopping_criteria.MaxTimeCriteria,
+    stopping_criteria.StopStringCriteria,
+)
 
 
 @dataclass(frozen=True)
@@ -42,7 +78,6 @@ class TreePlan:
 def check_call(
     target: PreTrainedModel,
     draft,
-    input_ids: Tensor,
     generation_config: GenerationConfig,
     synced_gpus: bool,
     model_kwargs: dict,
@@ -56,13 +91,9 @@ def check_call(
     """
     draft.check_target(target)
     tree_plan(draft)
+    schedule(draft)
     _check_outputs(generation_config)
     _check_cache(generation_config, model_kwargs)
-    if input_ids.shape[0] != 1:
-        raise NotImplementedError(
-            f"The batch must hold 1 sequence for an EAGLE-3 draft, got {input_ids.shape[0]}. Generate row by row, or "
-            "pass no `assistant_model`."
-        )
     if model_kwargs.get("inputs_embeds") is not None:
         raise NotImplementedError("`inputs_embeds` must be None: an EAGLE-3 draft needs the prompt's `input_ids`.")
     if target.config.is_encoder_decoder:
@@ -80,11 +111,41 @@ def check_call(
         )
 
 
+def may_differ_in_length(target: PreTrainedModel, transcript: Transcript) -> bool:
+    """
+    Whether every sequence may go on at its own pace, or must wait for the others at every token.
+
+    A single sequence waits for nobody: there it decides whether the target chooses at all nodes at once.
+
+    **Effects**: where a batch must go on in step, the log says so once, with the reason.
+    """
+    criteria = [type(each).__name__ for each in transcript.stopping_criteria if type(each) not in STOCK_CRITERIA]
+    if len(transcript.input_ids) == 1:
+        return not criteria and all(map(is_stateless, transcript.logits_processor))
+    known = STATELESS_WARPERS + PREFIX_PROCESSORS
+    others = criteria + [type(each).__name__ for each in transcript.logits_processor if type(each) not in known]
+    reason = None
+    if others:
+        reason = f"{', '.join(others)} may depend on how often or in which order texts are shown"
+    elif not can_branch(target):
+        reason = f"{type(target).__name__} takes no masks for sequences of different lengths"
+    if reason is not None and reason not in _reasons_given:
+        _reasons_given.add(reason)
+        logger.warning("The sequences of the batch accept equally many draft tokens per round: %s.", reason)
+    return reason is None
+
+
+def pad_token(generation_config: GenerationConfig, input_ids: Tensor) -> Tensor | None:
+    """The token that finished sequences get, a scalar on the device of `input_ids`."""
+    token = generation_config._pad_token_tensor
+    return None if token is None else token.to(input_ids.device)
+
+
 def tree_plan(draft) -> TreePlan:
     """
     What `draft.generation_config` asks for.
 
-    Read are `num_assistant_tokens`, `assistant_tree_top_k` (absent: 1, a chain), `assistant_tree_depth` (absent: 7; a
+    Read are `num_assistant_tokens`, `assistant_tree_top_k` (absent: 1, a chain), `assistant_tree_depth` (absent: 8; a
     chain is as long as it has tokens) and `assistant_confidence_threshold`.
 
     Raises:
@@ -99,6 +160,22 @@ def tree_plan(draft) -> TreePlan:
         )
     depth = _integer_setting(draft, "assistant_tree_depth", 1, num_nodes if top_k == 1 else DEFAULT_TREE_DEPTH)
     return TreePlan(num_nodes, min(depth, num_nodes), top_k, confidence_threshold(draft))
+
+
+def schedule(draft) -> str:
+    """
+    How the size of the trees goes on, from `draft.generation_config.num_assistant_tokens_schedule`; absent: constant.
+
+    Raises:
+        ValueError: If it is none of `SCHEDULES`.
+    """
+    value = draft.generation_config.num_assistant_tokens_schedule
+    if value is not None and value not in SCHEDULES:
+        raise ValueError(
+            "`draft.generation_config.num_assistant_tokens_schedule` must be None or one of "
+            f"{', '.join(map(repr, SCHEDULES))}, got {value!r}."
+        )
+    return value or SCHEDULES[0]
 
 
 def _integer_setting(draft, name: str, least: int, default: int) -> int:

@@ -4,7 +4,10 @@ This is plain `generate()`'s step, in its order and with its arguments, taken on
 on the prefix (repetition penalty, grammar, stop strings, a processor with a state of its own) therefore sees exactly
 what it sees in plain generation, and no token is emitted after the one that stops it.
 
-Shapes: B batch (1), T tokens, V the target's vocabulary.
+Where a criterion knows an end-of-sequence token, a sequence that met any criterion is frozen: it gets padding, as in
+plain generation, until all have met one. Otherwise all go on together.
+
+Shapes: B batch, T tokens, V the target's vocabulary.
 """
 
 from dataclasses import dataclass
@@ -23,11 +26,12 @@ class Transcript:
     The committed tokens of one call.
 
     Args:
-        input_ids (`torch.LongTensor` of shape `(1, T)`): Prompt and emitted tokens.
+        input_ids (`torch.LongTensor` of shape `(B, T)`): Prompt and emitted tokens.
         logits_processor (`LogitsProcessorList`), stopping_criteria (`StoppingCriteriaList`): Of `generate()`.
         do_sample (`bool`): Whether tokens are drawn.
-        scores (`tuple[torch.Tensor]`, *optional*): Processed scores `(1, V)` per emitted token, `None` if not wanted.
-        logits (`tuple[torch.Tensor]`, *optional*): Raw logits `(1, V)` per emitted token, `None` if not wanted.
+        pad_token_id (`torch.LongTensor` of shape `()`, *optional*): What frozen sequences get.
+        scores (`tuple[torch.Tensor]`, *optional*): Processed scores `(B, V)` per emitted token, `None` if not wanted.
+        logits (`tuple[torch.Tensor]`, *optional*): Raw logits `(B, V)` per emitted token, `None` if not wanted.
         streamer (`BaseStreamer`, *optional*): Gets every token with `flush`.
     """
 
@@ -35,6 +39,7 @@ class Transcript:
     logits_processor: LogitsProcessorList
     stopping_criteria: StoppingCriteriaList
     do_sample: bool
+    pad_token_id: Tensor | None = None
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
     streamer: BaseStreamer | None = None
@@ -44,36 +49,58 @@ class Transcript:
 
     def __post_init__(self):
         self.num_flushed = self.input_ids.shape[1]
+        self.is_done = torch.zeros(len(self.input_ids), dtype=torch.bool, device=self.input_ids.device)
+        self.freezes = any(hasattr(criterion, "eos_token_id") for criterion in self.stopping_criteria)
 
     @property
     def max_new_tokens(self) -> int:
         """Tokens that the length limit still allows."""
         return self.stopping_criteria.max_length - self.input_ids.shape[1]
 
-    def extend(self, logits: Tensor) -> int:
-        """
-        Appends the token that plain generation chooses from `logits (1, V)`, fp32, and returns it.
+    @property
+    def is_frozen(self) -> Tensor:
+        """The sequences that get nothing but padding from now on, bool `(B,)`."""
+        return self.is_done if self.freezes else torch.zeros_like(self.is_done)
 
-        **Effects**: moves the random generator by one draw when sampling; sets `is_finished` if a criterion stops.
+    def extend(self, logits: Tensor) -> Tensor:
+        """
+        Appends the tokens that plain generation chooses from `logits (B, V)`, fp32, and returns them, `(B,)`.
+
+        **Effects**: moves the random generator by one draw when sampling; sets `is_finished` if all have met a
+        criterion.
         """
         raw_logits = logits.clone() if self.logits is not None else None
         scores = self.logits_processor(self.input_ids, logits)
         if self.do_sample:
             check_distribution(scores)
             self.noise = self.noise or Noise(like=scores)
-        token = choose_token(scores, self.noise.spend() if self.do_sample else None)
-        self.input_ids = torch.cat([self.input_ids, token[:, None]], dim=-1)
+        tokens = choose_token(scores, self.noise.spend() if self.do_sample else None)
+        if self.freezes and len(tokens) > 1:
+            tokens = torch.where(self.is_done, self.pad_token_id, tokens)
+        self.commit(torch.cat([self.input_ids, tokens[:, None]], dim=-1), scores, raw_logits)
+        self.is_finished = bool(self.is_done.all())
+        return tokens
+
+    def commit(self, input_ids: Tensor, scores: Tensor | None, logits: Tensor | None) -> None:
+        """
+        Takes over `input_ids (B, T + 1)`, one token longer, and asks the criteria.
+
+        Args:
+            scores, logits (`torch.Tensor` of shape `(B, V)`, *optional*): Of that token, where they are wanted.
+
+        **Effects**: `is_done` is up to date; whether all are done is left to the caller.
+        """
+        self.input_ids = input_ids
         if self.scores is not None:
             self.scores += (scores,)
         if self.logits is not None:
-            self.logits += (raw_logits,)
-        self.is_finished = bool(self.stopping_criteria(self.input_ids, self.scores).all())
-        return int(token)
+            self.logits += (logits,)
+        self.is_done = self.is_done | self.stopping_criteria(self.input_ids, self.scores)
 
     def flush(self) -> None:
         """Hands the tokens that were appended since the last call to the streamer, one by one."""
         if self.streamer is None:
             return
-        for token in self.input_ids[0, self.num_flushed :].cpu():
-            self.streamer.put(token[None])
+        for tokens in self.input_ids[:, self.num_flushed :].cpu().unbind(dim=1):
+            self.streamer.put(tokens)
         self.num_flushed = self.input_ids.shape[1]

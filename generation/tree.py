@@ -1,12 +1,13 @@
-"""The draft tree: the tokens of one round and which continues which.
+"""The draft trees: the tokens of one round and which continues which, one tree for each sequence of the batch.
 
 Node 0 is the root, the last committed token, which the target has not read yet; every other node continues its parent.
-A parent always comes before its children. A chain is the tree in which node i continues node i - 1.
+A parent always comes before its children. A chain is the tree in which node i continues node i - 1. All rows have the
+same number of nodes.
 
-Shapes: N nodes, M candidates.
+Shapes: B batch, N nodes, M candidates.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -19,24 +20,30 @@ class DraftTree:
     The nodes of one round.
 
     Args:
-        token_ids (`torch.LongTensor` of shape `(N,)`): Target ids; the root's first.
-        parents (`torch.LongTensor` of shape `(N,)`): Index of the parent; the root's is 0.
+        token_ids (`torch.LongTensor` of shape `(B, N)`): Target ids; the root's first.
+        parents (`torch.LongTensor` of shape `(B, N)`): Index of the parent; the root's is 0.
         is_chain (`bool`): Whether every node is known to continue the one before it.
+        max_depth (`int`, *optional*): Where it is known that no node is deeper.
+        preferred (`torch.LongTensor` of shape `(B, N - 1)`, *optional*): See `ranks`; `None`: each node to the next.
     """
 
     token_ids: Tensor
     parents: Tensor
     is_chain: bool = False
+    max_depth: int | None = None
+    preferred: Tensor | None = None
 
     def __len__(self) -> int:
-        return self.token_ids.shape[0]
+        return self.token_ids.shape[1]
 
     @cached_property
     def attends(self) -> Tensor:
-        """Who sees whom, bool `(N, N)`: a node sees itself and whatever its parent sees."""
+        """Who sees whom, bool `(B, N, N)`: a node sees itself and whatever its parent sees."""
         num_nodes, device = len(self), self.token_ids.device
         nodes = torch.arange(num_nodes, device=device)
-        sees = (nodes == nodes[:, None]) | (nodes == self.parents[:, None])
+        if self.is_chain:
+            return (nodes <= nodes[:, None]).expand(len(self.token_ids), -1, -1)
+        sees = (nodes == nodes[:, None]) | (nodes == self.parents[..., None])
         num_generations = 1
         while num_generations < num_nodes:  # each product doubles how far up a node sees
             sees = sees.float() @ sees.float() > 0
@@ -45,27 +52,81 @@ class DraftTree:
 
     @cached_property
     def depths(self) -> Tensor:
-        """Steps from the root, `(N,)`."""
-        return self.attends.sum(dim=1) - 1
+        """Steps from the root, `(B, N)`."""
+        return self.attends.sum(dim=-1) - 1
 
     @property
     def deepest(self) -> int:
-        """Depth of the deepest node."""
-        return len(self) - 1 if self.is_chain else int(self.depths.max())
+        """Depth of the deepest node, or a bound on it."""
+        if self.is_chain:
+            return len(self) - 1
+        return min(self.max_depth, len(self) - 1) if self.max_depth is not None else int(self.depths.max())
 
-    def children(self) -> dict[tuple[int, int], int]:
-        """The node for every (parent, token)."""
-        token_ids, parents = self.token_ids.tolist(), self.parents.tolist()
-        return {(parents[node], token_ids[node]): node for node in range(1, len(token_ids))}
+    @property
+    def ranks(self) -> Tensor:
+        """How many nodes the draft preferred to each, `(B, N)`, the root aside: the best n nodes are a tree too."""
+        if self.preferred is None:
+            ranks = torch.arange(len(self), device=self.parents.device) - 1
+            return ranks.clamp(min=0).expand_as(self.parents)
+        return torch.cat([torch.zeros_like(self.parents[:, :1]), self.preferred], dim=1)
+
+    @cached_property
+    def has_children(self) -> Tensor:
+        """Which nodes are continued, bool `(B, N)`."""
+        nodes = torch.arange(len(self), device=self.parents.device)
+        return (self.parents[:, None, 1:] == nodes[:, None]).any(dim=-1)
+
+    def children(self, nodes: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """
+        The children that hold given tokens.
+
+        Args:
+            nodes (`torch.LongTensor` of shape `(B,)`): A node of each row.
+            token_ids (`torch.LongTensor` of shape `(B,)`): A token after each.
+
+        Returns:
+            Which of the nodes have such a child, bool `(B,)`, and the first one, `(B,)`; 0 where there is none.
+        """
+        is_child = (self.parents == nodes[:, None]) & (self.token_ids == token_ids[:, None])  # (B, N)
+        is_child[:, 0] = False
+        return is_child.any(dim=1), is_child.int().argmax(dim=1)
+
+    def with_pads(self, is_frozen: Tensor, pad_token_id: Tensor, depth: int) -> "DraftTree":
+        """
+        The same trees, except where a row gets nothing but padding: there they are chains of it.
+
+        Args:
+            is_frozen (`torch.BoolTensor` of shape `(B,)`): The rows that get padding.
+            pad_token_id (`torch.LongTensor` of shape `()`): Its token.
+            depth (`int`): Length of the chains; nodes beyond hang under the root with another token.
+        """
+        nodes = torch.arange(len(self), device=self.parents.device)
+        pads = torch.where(nodes <= depth, pad_token_id, (pad_token_id == 0).long())
+        pads = torch.where(nodes > 0, pads, self.token_ids)
+        chain = torch.where(nodes <= depth, nodes - 1, 0).clamp(min=0)
+        is_frozen = is_frozen[:, None]
+        return DraftTree(
+            torch.where(is_frozen, pads, self.token_ids),
+            torch.where(is_frozen, chain, self.parents),
+            self.is_chain,
+            depth,
+            self.preferred,
+        )
+
+    def with_roots(self, roots: Tensor) -> "DraftTree":
+        """The same trees after other tokens `(B, 1)`."""
+        return replace(self, token_ids=torch.cat([roots, self.token_ids[:, 1:]], dim=1))
 
 
 def build_chain(token_ids: Tensor) -> DraftTree:
-    """The tree in which every node continues the one before it, `(N,)`."""
-    nodes = torch.arange(token_ids.shape[0], device=token_ids.device)
-    return DraftTree(token_ids, parents=(nodes - 1).clamp(min=0), is_chain=True)
+    """The trees in which every node continues the one before it, `(B, N)`."""
+    nodes = torch.arange(token_ids.shape[1], device=token_ids.device)
+    return DraftTree(token_ids, parents=(nodes - 1).clamp(min=0).expand_as(token_ids), is_chain=True)
 
 
-def build_tree(root: Tensor, token_ids: Tensor, parents: Tensor, scores: Tensor, num_nodes: int) -> DraftTree:
+def build_tree(
+    root: Tensor, token_ids: Tensor, parents: Tensor, scores: Tensor, num_nodes: int, max_depth: int | None = None
+) -> DraftTree:
     """
     The root and the best of its candidate descendants (EAGLE-2, arXiv:2406.16858, Section 4.2).
 
@@ -73,13 +134,20 @@ def build_tree(root: Tensor, token_ids: Tensor, parents: Tensor, scores: Tensor,
     its ancestors.
 
     Args:
-        root (`torch.LongTensor` of shape `(1,)`): Target id of the newest committed token.
-        token_ids (`torch.LongTensor` of shape `(M,)`): Target ids of the candidates, parents before children.
-        parents (`torch.LongTensor` of shape `(M,)`): Index of the parent among them; -1 is the root.
-        scores (`torch.Tensor` of shape `(M,)`): Log-probability of the path to each, fp32.
+        root (`torch.LongTensor` of shape `(B, 1)`): Target id of the newest committed token.
+        token_ids (`torch.LongTensor` of shape `(B, M)`): Target ids of the candidates, parents before children.
+        parents (`torch.LongTensor` of shape `(B, M)`): Index of the parent among them; -1 is the root.
+        scores (`torch.Tensor` of shape `(B, M)`): Log-probability of the path to each, fp32.
         num_nodes (`int`): Candidates that are kept, at most.
+        max_depth (`int`, *optional*): Depth of the deepest candidate.
     """
-    kept = scores.sort(descending=True, stable=True).indices[:num_nodes].sort().values
-    parents = parents[kept]
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :num_nodes]
+    kept, preferred = best.sort(dim=1)  # (B, N - 1)
+    parents = parents.gather(1, kept)
     parents = torch.where(parents < 0, 0, torch.searchsorted(kept, parents) + 1)
-    return DraftTree(torch.cat([root, token_ids[kept]]), torch.cat([parents.new_zeros(1), parents]))
+    return DraftTree(
+        torch.cat([root, token_ids.gather(1, kept)], dim=1),
+        torch.cat([torch.zeros_like(root), parents], dim=1),
+        max_depth=max_depth,
+        preferred=preferred,
+    )

@@ -95,11 +95,14 @@ def make_draft(target, **fields) -> Eagle3MLADraftModel:
 
 
 def make_prompt(num_tokens: int, num_padding: int = 0) -> dict[str, torch.Tensor]:
-    input_ids = torch.randint(2, VOCAB_SIZE, (1, num_padding + num_tokens))
-    attention_mask = torch.ones_like(input_ids)
-    input_ids[:, :num_padding] = 0
-    attention_mask[:, :num_padding] = 0
-    return {"input_ids": input_ids, "attention_mask": attention_mask}
+    return make_prompts([num_tokens], num_padding)
+
+
+def make_prompts(lengths: list[int], num_padding: int = 0) -> dict[str, torch.Tensor]:
+    """Random sequences of these lengths, padded on the left to `num_padding` more than the longest."""
+    input_ids = torch.randint(2, VOCAB_SIZE, (len(lengths), max(lengths) + num_padding))
+    is_padding = torch.arange(input_ids.shape[1]) < input_ids.shape[1] - torch.tensor(lengths)[:, None]
+    return {"input_ids": input_ids.masked_fill(is_padding, 0), "attention_mask": (~is_padding).long()}
 
 
 def run(target, prompt, seed=0, **settings):
@@ -114,15 +117,30 @@ def run(target, prompt, seed=0, **settings):
 
 
 def assert_same_generation(target, draft, prompt, seed=0, **settings):
-    """Text, scores, logits, what the cache holds, and where the random generator stands."""
+    """Texts, scores, logits, what the cache holds, and where the random generator stands."""
     plain, plain_state = run(target, prompt, seed, **settings)
     assisted, assisted_state = run(target, prompt, seed, assistant_model=draft, **settings)
     assert assisted.sequences.tolist() == plain.sequences.tolist()
     assert torch.equal(assisted_state, plain_state)
-    num_new_tokens = plain.sequences.shape[1] - prompt["input_ids"].shape[1]
-    assert draft.speculation_stats.new_tokens == num_new_tokens
-    assert len(assisted.scores) == len(assisted.logits) == num_new_tokens
+    new_tokens = plain.sequences[:, prompt["input_ids"].shape[1] :]
+    assert draft.speculation_stats.new_tokens == num_emitted(new_tokens, settings.get("eos_token_id", []))
+    assert len(assisted.scores) == len(assisted.logits) == new_tokens.shape[1]
     torch.testing.assert_close(torch.cat(assisted.scores), torch.cat(plain.scores), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.cat(assisted.logits), torch.cat(plain.logits), rtol=1e-4, atol=1e-4)
+    assert_same_cache(assisted.past_key_values, plain.past_key_values)
     assert assisted.past_key_values.get_seq_length() == plain.sequences.shape[1] - 1
     return assisted
+
+
+def num_emitted(new_tokens: torch.Tensor, eos_token_ids: list[int]) -> int:
+    """How many of `new_tokens (B, T)` are not padding after an end of sequence."""
+    is_end = torch.isin(new_tokens, torch.tensor(eos_token_ids))
+    return int((is_end.cumsum(dim=1) - is_end.long() == 0).sum())
+
+
+def assert_same_cache(cache, expected, tolerance: float = 1e-3) -> None:
+    assert [type(layer) for layer in cache.layers] == [type(layer) for layer in expected.layers]
+    for layer, expected_layer in zip(cache.layers, expected.layers, strict=True):
+        torch.testing.assert_close(layer.keys, expected_layer.keys, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(layer.values, expected_layer.values, rtol=tolerance, atol=tolerance)
+        assert layer.get_seq_length() == expected_layer.get_seq_length()

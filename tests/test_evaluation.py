@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY_VOCAB_SIZE
+from reference_generation import TARGETS, make_draft, make_prompt
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -18,11 +19,15 @@ from eagle3_mla.evaluation.measure import (
     cache_bytes_per_token,
     compare,
     compare_all,
+    describe_divergence,
     find_divergence,
+    generate_timed,
+    sampling_noise,
     standard_head_like,
     summarise,
 )
 from eagle3_mla.evaluation.prompts import Prompt, choose_evenly, messages_before_last_answer, render_prompts
+from eagle3_mla.evaluation.report import round_milliseconds
 from eagle3_mla.evaluation.streaming import ColouringStreamer
 
 LETTERS = " \nabcdefghijklmnopqrstuvwxyz?"
@@ -76,7 +81,14 @@ def checkpoints(tmp_path, tiny_target, tiny_draft, tiny_tokenizer):
 
 def stats(lengths, drafted, accepted, target_calls):
     return SimpleNamespace(
-        acceptance_lengths=lengths, drafted_by_depth=drafted, accepted_by_depth=accepted, target_calls=target_calls
+        acceptance_lengths=lengths,
+        drafted_by_depth=drafted,
+        accepted_by_depth=accepted,
+        target_calls=target_calls,
+        prefill_seconds=1.0,
+        draft_seconds=0.5,
+        target_seconds=1.0,
+        host_seconds=0.25 * len(lengths),
     )
 
 
@@ -108,6 +120,9 @@ def test_every_round_and_token_counts_once():
     assert results["target_calls_per_token"] == 5 / 11
     assert (results["plain_tokens_per_second"], results["assisted_tokens_per_second"]) == (2.0, 5.5)
     assert results["speedup"] == 2.75
+    assert (results["prefill_seconds"], results["draft_seconds"], results["target_seconds"]) == (2.0, 1.0, 2.0)
+    assert (results["host_seconds"], results["host_share"]) == (0.75, 0.75 / 3.75)
+    assert round_milliseconds(results) == "333.33, 666.67, 250.00 ms (rest 20%)"
     assert (results["num_texts"], results["num_tokens"], results["num_rounds"]) == (2, 11, 3)
 
 
@@ -131,8 +146,60 @@ def test_a_planted_divergence_is_found_with_its_position_and_gap(tiny_target, ly
     divergence = found.divergence
     assert (divergence.prompt, divergence.seed, divergence.position) == ("first", 0, 3)
     assert divergence.assisted_token == divergence.plain_token + 1
-    assert divergence.logit_gap > 0
+    assert divergence.logit_gap > 1000 * divergence.logit_spacing > 0
     assert not summarise([found])["lossless"]
+
+
+def test_a_text_that_ends_early_has_no_gap(tiny_target):
+    found = describe_divergence(tiny_target, PROMPT, GREEDY, 0, [1, 2], [1])
+    assert (found.position, found.plain_token, found.assisted_token) == (1, 2, None)
+    assert (found.logit_gap, found.logit_spacing) == (None, None)
+
+
+@torch.no_grad()
+def test_a_sampled_token_is_the_largest_logit_with_the_noise(tiny_target):
+    """So a gap of a sampled text compares what was really compared."""
+    run = generate_timed(tiny_target, PROMPT.input_ids, SAMPLING, seed=7)
+    for position, token in enumerate(run.token_ids):
+        prefix = torch.cat([PROMPT.input_ids, torch.tensor([run.token_ids[:position]], dtype=torch.long)], dim=1)
+        scores = tiny_target(prefix).logits[0, -1] + sampling_noise(tiny_target, SAMPLING, 7, position)
+        assert scores.argmax() == token
+
+
+def divergences_in(dtype: torch.dtype, do_sample: bool, num_prompts: int, hook=None) -> list:
+    """Where texts with trees leave plain ones, for a random Llama whose forwards `hook` may change."""
+    target = TARGETS["llama"]().eval().to(dtype)
+    draft = make_draft(target).to(dtype)
+    draft.generation_config.num_assistant_tokens, draft.generation_config.assistant_tree_top_k = 6, 2
+    if hook is not None:
+        target.register_forward_hook(hook)
+    prompts = [Prompt(str(number), make_prompt(4 + number % 5)["input_ids"]) for number in range(num_prompts)]
+    decoding = Decoding(max_new_tokens=24, do_sample=do_sample, temperature=0.7, seeds=(1,))
+    return [one.divergence for one in compare_all(target, draft, prompts, decoding) if one.divergence is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+def test_in_half_precision_texts_part_only_where_rounding_decides(dtype, do_sample):
+    """One token and a tree round differently; a mask, position or cache that is wrong shows as a wide gap."""
+    for divergence in divergences_in(dtype, do_sample, num_prompts=4):
+        assert abs(divergence.logit_gap) <= 8 * divergence.logit_spacing
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampling"])
+def test_rounding_shows_as_a_narrow_gap(do_sample):
+    """Forwards over several tokens are off by up to four spacings, so that some texts part on any processor."""
+
+    generator = torch.Generator().manual_seed(0)
+
+    def round_coarsely(module, arguments, outputs):
+        if outputs.logits.shape[1] > 1:
+            off = 2 * torch.rand(outputs.logits.shape, generator=generator) - 1
+            outputs.logits = outputs.logits * (1 + 4 * torch.finfo(torch.bfloat16).eps * off).bfloat16()
+
+    found = divergences_in(torch.bfloat16, do_sample, num_prompts=8, hook=round_coarsely)
+    assert found
+    assert all(abs(each.logit_gap) <= 16 * each.logit_spacing < 4 for each in found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -183,7 +250,14 @@ def test_command_writes_results_report_and_provenance(checkpoints):
     assert results["num_prompts"] == 2
     assert (results["draft_cache_bytes_per_token"], results["standard_cache_bytes_per_token"]) == (16, 128)
     assert {"acceptance_length", "acceptance_by_depth", "target_calls_per_token", "speedup"} <= results.keys()
-    assert "Lossless: all 2" in (checkpoints.output / "report.md").read_text()
+    assert min(results["prefill_seconds"], results["draft_seconds"], results["target_seconds"]) > 0
+    assert 0 < results["host_share"] < 1
+    report = (checkpoints.output / "report.md").read_text()
+    assert "Lossless: all 2" in report
+    assert "## Divergences" not in report
+    texts = [json.loads(line) for line in (checkpoints.output / "texts.jsonl").read_text().splitlines()]
+    assert [text["divergence"] for text in texts] == [None, None]
+    assert sum(sum(text["acceptance_lengths"]) for text in texts) == results["num_tokens"] - 2
     origin = json.loads((checkpoints.output / "provenance.json").read_text())
     assert {"argv", "commit", "versions", "hardware"} <= origin.keys()
 
@@ -201,7 +275,11 @@ def test_a_divergence_makes_the_command_fail(checkpoints, tiny_target, lying_dra
     assert cli.main(arguments(checkpoints, "--num-samples", "1")) == 1
     first = json.loads((checkpoints.output / "results.json").read_text())["first_divergence"]
     assert (first["prompt"], first["position"]) == ("built-in-1", 3)
-    assert "Not lossless: 1 of 1 texts differ" in (checkpoints.output / "report.md").read_text()
+    report = (checkpoints.output / "report.md").read_text()
+    assert "Not lossless: 1 of 1 texts differ" in report
+    assert "## Divergences" in report
+    assert f"| built-in-1 | 0 | 3 | {first['plain_token']} | {first['plain_token'] + 1} |" in report
+    assert json.loads((checkpoints.output / "texts.jsonl").read_text())["divergence"] == first
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from reference_generation import (
     MAX_NEW_TOKENS,
     SETTINGS,
     TARGETS,
-    VOCAB_SIZE,
     assert_same_generation,
     make_draft,
     make_prompt,
@@ -299,11 +298,6 @@ def test_what_is_not_supported_yet_is_refused_by_name(llama, change, error, mess
     settings = {"max_new_tokens": 5, "do_sample": False, "return_dict_in_generate": True} | change
     with pytest.raises(error, match=message):
         llama.generate(**make_prompt(4), assistant_model=make_draft(llama), **settings)
-
-
-def test_batch_is_refused_by_name(llama):
-    with pytest.raises(NotImplementedError, match=r"must hold 1 sequence .* got 2"):
-        llama.generate(torch.randint(2, VOCAB_SIZE, (2, 5)), max_new_tokens=5, assistant_model=make_draft(llama))
 
 
 def test_filled_cache_is_refused_by_name(llama):

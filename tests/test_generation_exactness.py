@@ -56,7 +56,7 @@ class Proposals:
             free = [token for token in range(VOCAB_SIZE) if (parents[node], token) not in taken] or [0]
             tokens.append(free[int(torch.randint(0, len(free), (), generator=self.generator))])
             taken.add((parents[node], tokens[-1]))
-        return DraftTree(torch.tensor(tokens), torch.tensor(parents))
+        return DraftTree(torch.tensor([tokens]), torch.tensor([parents]))
 
 
 def new_transcript(noise: torch.Tensor | None) -> Transcript:
@@ -85,8 +85,8 @@ def speculative_text(noise: torch.Tensor | None, proposals: Proposals) -> list[i
         tree = proposals.tree(root=committed[-1])
         paths = [tuple(committed)]
         for node in range(1, len(tree)):
-            paths.append((*paths[tree.parents[node]], int(tree.token_ids[node])))
-        accept_path(tree, torch.cat([target_logits(path) for path in paths]), transcript)
+            paths.append((*paths[tree.parents[0, node]], int(tree.token_ids[0, node])))
+        accept_path(tree, torch.cat([target_logits(path) for path in paths])[None], transcript)
     return transcript.input_ids[0].tolist()
 
 
@@ -154,14 +154,30 @@ def test_draws_ahead_are_void_once_somebody_else_has_drawn():
 
 
 def test_children_are_found_by_parent_and_token():
-    tree = DraftTree(torch.tensor([5, 6, 7, 6, 8]), torch.tensor([0, 0, 0, 1, 3]))
-    assert tree.children() == {(0, 6): 1, (0, 7): 2, (1, 6): 3, (3, 8): 4}
+    tree = DraftTree(
+        torch.tensor([[5, 6, 7, 6, 8], [5, 8, 8, 8, 8]]),
+        torch.tensor([[0, 0, 0, 1, 3], [0, 0, 1, 1, 2]]),
+    )
+    children = {}
+    for node, token in itertools.product(range(len(tree)), (5, 6, 7, 8)):
+        is_there, child = tree.children(torch.full((2,), node), torch.full((2,), token))
+        children |= {(row, node, token): int(child[row]) for row in range(2) if is_there[row]}
+    first_row = {(0, 0, 6): 1, (0, 0, 7): 2, (0, 1, 6): 3, (0, 3, 8): 4}
+    assert children == first_row | {(1, 0, 8): 1, (1, 1, 8): 2, (1, 2, 8): 4}  # the first of two equal ones
+    assert tree.has_children.tolist() == [[True, True, False, True, False], [True, True, True, False, False]]
 
 
 def test_chain_is_the_tree_in_which_each_node_continues_the_last():
-    chain = build_chain(torch.tensor([5, 6, 6, 7]))
-    assert chain.parents.tolist() == [0, 0, 1, 2]
-    assert chain.children() == {(0, 6): 1, (1, 6): 2, (2, 7): 3}
+    chain = build_chain(torch.tensor([[5, 6, 6, 7], [1, 2, 3, 4]]))
+    assert chain.parents.tolist() == [[0, 0, 1, 2]] * 2
+    assert chain.deepest == 3
+
+
+def test_sequence_that_gets_padding_has_a_chain_of_it():
+    tree = DraftTree(torch.tensor([[5, 6, 7, 6, 8]] * 2), torch.tensor([[0, 0, 0, 1, 3]] * 2))
+    padded = tree.with_pads(torch.tensor([False, True]), torch.tensor(9), depth=3)
+    assert padded.token_ids.tolist() == [[5, 6, 7, 6, 8], [5, 9, 9, 9, 0]]
+    assert padded.parents.tolist() == [[0, 0, 0, 1, 3], [0, 0, 1, 2, 0]]
 
 
 @pytest.mark.parametrize("scores", [[0.0, float("nan")], [0.0, float("inf")], [-float("inf")] * 2], ids=str)

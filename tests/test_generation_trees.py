@@ -11,7 +11,8 @@ from transformers import DynamicCache, LogitsProcessorList
 
 from eagle3_mla.generation.branching import branching_inputs, can_branch
 from eagle3_mla.generation.caches import keep_path
-from eagle3_mla.generation.drafting import DraftMemory, draft_tree
+from eagle3_mla.generation.drafting import draft_tree
+from eagle3_mla.generation.memory import DraftMemory
 from eagle3_mla.generation.support import TreePlan, tree_plan
 from eagle3_mla.generation.tree import DraftTree, build_tree
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
@@ -21,7 +22,7 @@ TOLERANCES = {"gemma2-window-8": 1e-5}
 CHAINS_ONLY = ["bloom", "gpt-neo-window-8"]
 BRANCHING = [name for name in TARGETS if name not in CHAINS_ONLY]
 # A root with three children, of which two go on.
-TREE = DraftTree(torch.tensor([3, 4, 5, 6, 7, 8, 9]), torch.tensor([0, 0, 0, 0, 1, 2, 4]))
+TREE = DraftTree(torch.tensor([[3, 4, 5, 6, 7, 8, 9]]), torch.tensor([[0, 0, 0, 0, 1, 2, 4]]))
 
 
 def set_tree(draft, num_nodes: int, top_k: int, depth: int | None = None):
@@ -31,25 +32,26 @@ def set_tree(draft, num_nodes: int, top_k: int, depth: int | None = None):
     return draft
 
 
-def path_to(tree: DraftTree, node: int) -> list[int]:
+def path_to(tree: DraftTree, node: int, row: int = 0) -> list[int]:
     """The nodes from the root to `node`."""
-    return [0] if node == 0 else [*path_to(tree, int(tree.parents[node])), node]
+    return [0] if node == 0 else [*path_to(tree, int(tree.parents[row, node]), row), node]
 
 
 @st.composite
 def trees(draw):
     num_nodes = draw(st.integers(1, 12))
-    parents = [0] + [draw(st.integers(0, node - 1)) for node in range(1, num_nodes)]
-    return DraftTree(torch.arange(num_nodes), torch.tensor(parents))
+    parents = [[0] + [draw(st.integers(0, node - 1)) for node in range(1, num_nodes)] for _ in range(2)]
+    return DraftTree(torch.arange(num_nodes).expand(2, -1), torch.tensor(parents))
 
 
 @given(tree=trees())
 @settings(deadline=None)
 def test_node_attends_to_its_ancestors_only(tree):
-    for node in range(len(tree)):
-        path = path_to(tree, node)
-        assert tree.attends[node].nonzero().flatten().tolist() == sorted(path)
-        assert tree.depths[node] == len(path) - 1
+    for row in range(2):
+        for node in range(len(tree)):
+            path = path_to(tree, node, row)
+            assert tree.attends[row, node].nonzero().flatten().tolist() == sorted(path)
+            assert tree.depths[row, node] == len(path) - 1
 
 
 @given(seed=st.integers(0, 10**6), num_nodes=st.integers(1, 20), has_ties=st.booleans())
@@ -57,18 +59,28 @@ def test_node_attends_to_its_ancestors_only(tree):
 def test_kept_candidates_are_the_best_and_come_with_their_parents(seed, num_nodes, has_ties):
     """Without its parent a node would hang under another one, and the target would read a text nobody proposed."""
     generator = torch.Generator().manual_seed(seed)
+    candidates = [random_candidates(generator, has_ties) for _ in range(3)]
+    parents, scores = (torch.stack(each) for each in zip(*candidates, strict=True))
+    roots = torch.tensor([[97], [98], [99]])
+    trees = build_tree(roots, torch.arange(25).expand(3, -1), parents, scores, num_nodes)
+    assert trees.token_ids[:, :1].equal(roots)
+    for row, (tokens, places) in enumerate(zip(trees.token_ids, trees.parents, strict=True)):
+        kept = tokens[1:].tolist()
+        best = scores[row].sort(descending=True).values[:num_nodes]
+        assert sorted(scores[row, kept].tolist()) == sorted(best.tolist())
+        for node, token in enumerate(kept, start=1):
+            assert places[node] < node
+            assert tokens[places[node]] == (roots[row, 0] if parents[row, token] < 0 else parents[row, token])
+
+
+def random_candidates(generator: torch.Generator, has_ties: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parents and path scores of 25 candidates."""
     parents = torch.tensor([-1, -1] + [int(torch.randint(-1, node, (), generator=generator)) for node in range(2, 25)])
     steps = -torch.rand(25, generator=generator) * (0 if has_ties else 1)
     scores = torch.zeros(25)
     for node, parent in enumerate(parents.tolist()):
         scores[node] = steps[node] + (scores[parent] if parent >= 0 else 0)
-    tree = build_tree(torch.tensor([99]), torch.arange(25), parents, scores, num_nodes)
-    kept = tree.token_ids[1:].tolist()
-    assert sorted(scores[kept].tolist()) == sorted(scores.sort(descending=True).values[:num_nodes].tolist())
-    for node, token in enumerate(kept, start=1):
-        parent = tree.parents[node]
-        assert parent < node
-        assert tree.token_ids[parent] == (99 if parents[token] < 0 else parents[token])
+    return parents, scores
 
 
 @pytest.mark.parametrize("num_committed", [3, 12], ids=["within-the-window", "beyond-the-window"])
@@ -76,9 +88,9 @@ def test_kept_candidates_are_the_best_and_come_with_their_parents(seed, num_node
 def test_target_reads_a_tree_as_it_reads_each_of_its_paths(name, num_committed):
     target, tolerance = TARGETS[name]().eval().double(), TOLERANCES.get(name, 1e-10)
     read = partial(read_after_prompt, target, make_prompt(num_committed))
-    logits, _ = read(TREE.token_ids, TREE)
+    logits, _ = read(TREE.token_ids[0], TREE)
     for node in range(len(TREE)):
-        expected, _ = read(TREE.token_ids[path_to(TREE, node)], None)
+        expected, _ = read(TREE.token_ids[0, path_to(TREE, node)], None)
         torch.testing.assert_close(logits[node], expected[-1], atol=tolerance, rtol=tolerance)
 
 
@@ -87,10 +99,10 @@ def test_target_reads_a_tree_as_it_reads_each_of_its_paths(name, num_committed):
 def test_kept_path_is_the_cache_of_a_text_that_never_branched(name, num_committed):
     target, tolerance = TARGETS[name]().eval().double(), TOLERANCES.get(name, 1e-10)
     read, path = partial(read_after_prompt, target, make_prompt(num_committed)), [0, 1, 4]
-    _, cache = read(TREE.token_ids, TREE)
-    keep_path(cache, len(TREE), torch.tensor(path))
-    _, expected = read(TREE.token_ids[path], None)
-    keep_path(expected, len(path), torch.arange(len(path)))  # a window returns to its size
+    _, cache = read(TREE.token_ids[0], TREE)
+    keep_path(cache, len(TREE), torch.tensor([path]))
+    _, expected = read(TREE.token_ids[0, path], None)
+    keep_path(expected, len(path), torch.arange(len(path))[None])  # a window returns to its size
     for layer, expected_layer in zip(cache.layers, expected.layers, strict=True):
         torch.testing.assert_close(layer.keys, expected_layer.keys, atol=tolerance, rtol=tolerance)
         torch.testing.assert_close(layer.values, expected_layer.values, atol=tolerance, rtol=tolerance)
@@ -120,12 +132,12 @@ def test_drafted_tree_is_the_best_of_all_paths_of_the_reference(fields, noise_se
     """EAGLE-2's expansion, written as plain recursion: every node by a chain of the draft's own forwards."""
     target = TARGETS["llama"]().eval().double()
     draft = make_draft(target, **fields).double()
-    memory = DraftMemory(torch.randn(1, 5, 96).double(), torch.randint(2, VOCAB_SIZE, (1, 5)))
+    memory = DraftMemory(torch.randn(1, 5, 96).double(), torch.randint(2, VOCAB_SIZE, (1, 5)), [5], [0])
     pending = memory.pending_states, memory.pending_tokens
     noise = None if noise_seed is None else KnownNoise(noise_seed)
     plan = TreePlan(num_nodes=11, depth=3, top_k=3, confidence_threshold=None)
     tree = draft_tree(draft, target, memory, plan, LogitsProcessorList(), noise)
-    drafted = {tuple(tree.token_ids[path_to(tree, node)].tolist()) for node in range(1, len(tree))}
+    drafted = {tuple(tree.token_ids[0, path_to(tree, node)].tolist()) for node in range(1, len(tree))}
     assert drafted == reference_tree(draft, target, *pending, plan, noise)
     assert memory.cache.get_seq_length() == 5
 
@@ -261,5 +273,5 @@ def test_setting_out_of_its_bounds_is_refused_by_name(name, value, bound):
 def test_absent_settings_mean_a_chain_and_depths_have_a_default():
     draft = make_draft(TARGETS["llama"]())
     assert tree_plan(draft) == TreePlan(num_nodes=7, depth=7, top_k=1, confidence_threshold=None)
-    assert tree_plan(set_tree(draft, 60, 10)).depth == 7
+    assert tree_plan(set_tree(draft, 60, 10)).depth == 8
     assert tree_plan(set_tree(draft, 3, 2)).depth == 3

@@ -1,0 +1,124 @@
+"""Choice: the target's own token after each node of a tree, and how far every sequence can go with it.
+
+A sequence walks from the root to the child that holds the target's choice, as long as there is one. Where processors
+look at scores alone, the target chooses at all nodes at once, and the walk is one comparison: a node is reached if
+every node on its path holds the choice made at its parent. Where they look at the text, it is taken step by step.
+
+Shapes: B batch, N nodes, P nodes on the longest possible path, V the target's vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from .sampling import choose_token, is_distribution
+from .tree import DraftTree
+
+
+@dataclass(frozen=True)
+class Walk:
+    """
+    The way of each sequence through its tree. What stands beyond a sequence's `num_steps` means nothing.
+
+    Args:
+        path (`torch.LongTensor` of shape `(B, P)`): The nodes, root first.
+        tokens (`torch.LongTensor` of shape `(B, P)`): The target's choice after each.
+        num_steps (`torch.LongTensor` of shape `(B,)`): How many nodes were reached, at least the root.
+        is_valid (`torch.BoolTensor` of shape `(B, P)`): Whether the scores there are a distribution.
+        scores (`torch.Tensor` of shape `(B, P, V)`): The processed scores there.
+    """
+
+    path: Tensor
+    tokens: Tensor
+    num_steps: Tensor
+    is_valid: Tensor
+    scores: Tensor
+
+
+def walk_at_once(
+    tree: DraftTree, logits: Tensor, warpers: LogitsProcessorList, noise: Tensor | None, pads: Tensor
+) -> Walk:
+    """
+    Chooses at all nodes, then looks which of them are reached; nothing is asked of the device.
+
+    Args:
+        tree ([`DraftTree`]): Any trees.
+        logits (`torch.Tensor` of shape `(B, N, V)`): The target's, after each node, fp32.
+        warpers (`LogitsProcessorList`): Processors that look at scores alone.
+        noise (`torch.Tensor` of shape `(B, P, V)`, *optional*): Of each depth; `None` means greedy.
+        pads (`torch.LongTensor` of shape `(B,)`): The token that a sequence gets whatever the target says, or -1.
+    """
+    batch_size, num_nodes, vocab_size = logits.shape
+    scores = warpers(None, logits.flatten(0, 1))  # (B * N, V)
+    if noise is not None:
+        rows = torch.arange(batch_size, device=logits.device)[:, None]
+        noise = noise[rows, tree.depths].flatten(0, 1)
+    tokens = choose_token(scores, noise).view(batch_size, num_nodes)
+    tokens = torch.where(pads[:, None] >= 0, pads[:, None], tokens)
+
+    is_chosen = tree.token_ids == tokens.gather(1, tree.parents)
+    is_chosen[:, 0] = True
+    if tree.is_chain:
+        is_reached = is_chosen.cumprod(dim=1).bool()
+    else:
+        is_reached = ~(tree.attends & ~is_chosen[:, None]).any(dim=-1)
+    path = (~is_reached).int().sort(dim=1, stable=True).indices[:, : tree.deepest + 1]
+    scores = scores.view(batch_size, num_nodes, vocab_size)
+    scores = scores.gather(1, path[..., None].expand(-1, -1, vocab_size))
+    return Walk(path, tokens.gather(1, path), is_reached.sum(dim=1), is_distribution(scores), scores)
+
+
+def walk_step_by_step(
+    tree: DraftTree,
+    logits: Tensor,
+    logits_processor: LogitsProcessorList,
+    noise: Tensor | None,
+    pads: Tensor,
+    ids: Tensor,
+    num_tokens: list[int],
+) -> Walk:
+    """
+    Chooses along the path alone, with processors that look at the text.
+
+    Args:
+        tree, logits, noise, pads: As for [`walk_at_once`].
+        logits_processor (`LogitsProcessorList`): Any that keep nothing from one call to the next.
+        ids (`torch.LongTensor` of shape `(B, T)`): Each sequence's tokens, from the first column on.
+        num_tokens (`list[int]`): How many there are of each.
+    """
+    rows, lengths = torch.arange(len(ids), device=ids.device), torch.tensor(num_tokens, device=ids.device)
+    nodes, is_walking, num_steps = torch.zeros_like(rows), torch.ones_like(rows, dtype=torch.bool), 0
+    ids = torch.cat([ids, ids.new_zeros(len(ids), tree.deepest + 1)], dim=1)
+    path, tokens, scores = [], [], []
+    while len(path) <= tree.deepest and (not path or bool(is_walking.any())):
+        path.append(nodes)
+        num_steps = num_steps + is_walking
+        current = [count + len(tokens) for count in num_tokens]
+        scores.append(process_by_length(logits_processor, ids, current, logits[rows, nodes]))
+        chosen = choose_token(scores[-1], None if noise is None else noise[:, len(tokens)])
+        tokens.append(torch.where(pads >= 0, pads, chosen))
+        ids[rows, lengths + len(tokens) - 1] = tokens[-1]
+        has_child, nodes = tree.children(nodes, tokens[-1])
+        is_walking = is_walking & has_child
+    path, tokens, scores = (torch.stack(each, dim=1) for each in (path, tokens, scores))
+    return Walk(path, tokens, num_steps, is_distribution(scores), scores)
+
+
+def process_by_length(
+    logits_processor: LogitsProcessorList, ids: Tensor, num_tokens: list[int], logits: Tensor
+) -> Tensor:
+    """
+    Processes `logits (B, V)` with texts of different lengths: one call for each length.
+
+    A processor may know the rows of the batch, so every call has all of them; those of another length stand there
+    with the text of one that has this length, and what comes out for them is not used.
+    """
+    scores = torch.empty_like(logits)
+    for length in sorted(set(num_tokens)):
+        own = [row for row, count in enumerate(num_tokens) if count == length]
+        shown = torch.tensor([row if count == length else own[0] for row, count in enumerate(num_tokens)])
+        shown = shown.to(ids.device)
+        scores[own] = logits_processor(ids[shown, :length], logits[shown])[own]
+    return scores

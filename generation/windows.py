@@ -1,0 +1,73 @@
+"""Sliding-window layers of a cache while the sequences of a batch have different lengths.
+
+transformers' own layer keeps and shows the newest slots, the same ones for all: too few for a sequence that is behind.
+This one keeps what the shortest sequence can still see and shows all of it; the mask carries the windows.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+
+class UnevenWindowLayer(DynamicLayer):
+    """
+    A sliding-window layer whose slots are dropped by `forget_before` only.
+
+    Args:
+        layer (`DynamicSlidingWindowLayer`): The layer whose place it takes.
+    """
+
+    is_sliding = True
+
+    def __init__(self, layer: DynamicSlidingWindowLayer):
+        super().__init__()
+        self.sliding_window = layer.sliding_window
+        self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
+        self.dtype, self.device = layer.keys.dtype, layer.keys.device
+        self.first_slot = layer.get_seq_length() - layer.keys.shape[-2]
+
+    def get_seq_length(self) -> int:
+        return self.first_slot + self.keys.shape[-2]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[-2] + query_length, self.first_slot
+
+    def forget_before(self, num_tokens: int) -> None:
+        """Drops the slots that a token after `num_tokens` others does not see."""
+        num_dropped = num_tokens - self.sliding_window + 1 - self.first_slot
+        if num_dropped > 0:
+            self.keys, self.values = self.keys[:, :, num_dropped:], self.values[:, :, num_dropped:]
+            self.first_slot += num_dropped
+
+
+@contextmanager
+def uneven_windows(cache: Cache) -> Iterator[None]:
+    """
+    Lets the sequences of `cache` have different lengths while the context is open.
+
+    **Effects**: sliding-window layers are replaced; the original ones return with what is then in their windows.
+    """
+    originals = {
+        index: layer
+        for index, layer in enumerate(cache.layers)
+        if isinstance(layer, DynamicSlidingWindowLayer) and layer.is_initialized
+    }
+    for index, layer in originals.items():
+        cache.layers[index] = UnevenWindowLayer(layer)
+    try:
+        yield
+    finally:
+        for index, layer in originals.items():
+            uneven = cache.layers[index]
+            uneven.forget_before(uneven.get_seq_length())
+            layer.keys, layer.values, layer.cumulative_length = uneven.keys, uneven.values, uneven.get_seq_length()
+            cache.layers[index] = layer
+
+
+def forget_unseen(cache: Cache, num_tokens: int) -> None:
+    """Drops from the windows what no sequence of at least `num_tokens` tokens sees any more."""
+    for layer in cache.layers:
+        if isinstance(layer, UnevenWindowLayer):
+            layer.forget_before(num_tokens)

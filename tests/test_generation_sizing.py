@@ -1,0 +1,142 @@
+"""The size of the next tree: simulated rounds with a known price and a known acceptance."""
+
+import random
+
+import pytest
+import torch
+from reference_generation import SETTINGS, TARGETS, assert_same_generation, make_draft, make_prompts
+
+from eagle3_mla.generation import sizing
+from eagle3_mla.generation.sizing import FIRST_ROUNDS, ConstantSize, TreeSizer, ladder, num_within, sizes_for
+from eagle3_mla.generation.support import TreePlan
+
+CHAIN = TreePlan(num_nodes=7, depth=7, top_k=1, confidence_threshold=None)
+TREE = TreePlan(num_nodes=60, depth=7, top_k=10, confidence_threshold=None)
+
+
+def play(sizer, num_rounds, accept, draft_price, node_price=0.0):
+    """Rounds of chains: a plain one takes a second, every draft and every node its price more."""
+    chosen = []
+    for _ in range(num_rounds):
+        size = sizer.choose()
+        num_accepted = 0
+        while num_accepted < size.depth and random.random() < accept:
+            num_accepted += 1
+        sizer.record(size, [list(range(num_accepted))], 1 + draft_price * size.depth + node_price * size.num_nodes)
+        chosen.append(size)
+    return chosen
+
+
+def test_sizes_halve_down_to_none_and_small_trees_are_shallow():
+    assert [size.num_nodes for size in ladder(CHAIN)] == [7, 3, 1, 0]
+    assert [size.depth for size in ladder(CHAIN)] == [7, 3, 1, 0]
+    assert [(size.num_nodes, size.depth) for size in ladder(TREE)] == [
+        (60, 7), (30, 6), (15, 5), (7, 4), (3, 3), (1, 1), (0, 0)
+    ]  # fmt: skip
+
+
+def test_every_size_is_tried_before_any_is_preferred():
+    random.seed(0)
+    chosen = play(TreeSizer(CHAIN), FIRST_ROUNDS * 4 + 2, accept=0.5, draft_price=0.1)
+    assert [size.num_nodes for size in chosen[:-2]].count(7) >= FIRST_ROUNDS
+    assert {size.num_nodes for size in chosen} == {7, 3, 1, 0}
+
+
+@pytest.mark.parametrize(
+    ("accept", "draft_price", "best"), [(0.95, 0.02, 7), (0.6, 0.3, 1), (0.05, 0.3, 0), (0.0, 0.01, 0)]
+)
+def test_the_size_follows_acceptance_and_price(accept, draft_price, best):
+    random.seed(1)
+    chosen = play(TreeSizer(CHAIN), 600, accept, draft_price)
+    counts = [size.num_nodes for size in chosen[100:]]
+    assert counts.count(best) > 0.9 * len(counts)
+
+
+def test_an_unsuitable_draft_costs_next_to_nothing():
+    random.seed(2)
+    sizer = TreeSizer(TREE)
+    rounds = [1 + 0.3 * size.depth + 0.02 * size.num_nodes for size in play(sizer, 3000, 0.0, 0.3, 0.02)]
+    assert sum(rounds) < 1.03 * len(rounds)
+
+
+def test_the_full_size_returns_when_the_text_becomes_easy():
+    random.seed(3)
+    sizer = TreeSizer(CHAIN)
+    play(sizer, 200, accept=0.0, draft_price=0.05)
+    assert sizer.choose().num_nodes == 0
+    chosen = play(sizer, 600, accept=0.95, draft_price=0.05)
+    assert chosen[-1].num_nodes == 7
+
+
+def test_a_round_that_first_reads_what_was_missed_is_not_timed():
+    sizer = TreeSizer(CHAIN)
+    full, *_, none = ladder(CHAIN)
+    sizer.record(none, [[]], 1.0)
+    sizer.record(full, [[0, 1]], 100.0)
+    assert len(sizer.sizes[full].seconds) == 0
+    sizer.record(full, [[0, 1]], 2.0)
+    assert list(sizer.sizes[full].seconds) == [2.0]
+
+
+def test_a_smaller_tree_holds_the_preferred_nodes_up_to_its_depth():
+    small = TreePlan(num_nodes=4, depth=2, top_k=10, confidence_threshold=None)
+    assert num_within([0, 3, 1], small) == 2
+    assert num_within([0, 4, 1], small) == 1
+    assert num_within([5], small) == 0
+    assert num_within([], small) == 0
+
+
+@pytest.mark.parametrize("setting", ["greedy", "sample", "greedy-processors", "sample-eos"])
+@pytest.mark.parametrize("name", ["llama", "gemma2-window-8", "bloom"])
+@pytest.mark.parametrize("lengths", [[9], [9, 3, 12]], ids=["one", "batch"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_any_sequence_of_sizes_gives_the_text_of_plain_generation(name, setting, lengths, top_k, monkeypatch):
+    monkeypatch.setattr(TreeSizer, "choose", lambda sizer: random.choice(list(sizer.sizes)))
+    random.seed(4)
+    target = TARGETS[name]().eval()
+    draft = make_draft(target)
+    draft.generation_config.num_assistant_tokens = 9
+    draft.generation_config.assistant_tree_top_k = top_k
+    draft.generation_config.num_assistant_tokens_schedule = "heuristic_transient"
+    assert_same_generation(target, draft, make_prompts(lengths), **SETTINGS[setting])
+
+
+def test_what_was_learned_is_kept_for_the_next_call_with_the_same_models_and_batch_size(monkeypatch):
+    target = TARGETS["llama"]().eval()
+    draft = make_draft(target)
+    sizer = sizes_for(draft, target, CHAIN, batch_size=1)
+    assert isinstance(sizer, ConstantSize)
+    draft.generation_config.num_assistant_tokens_schedule = "heuristic"
+    sizer = sizes_for(draft, target, CHAIN, batch_size=1)
+    assert sizes_for(draft, target, CHAIN, batch_size=1) is sizer
+    assert sizes_for(draft, target, CHAIN, batch_size=2) is not sizer
+    assert sizes_for(make_draft(target), target, CHAIN, batch_size=1) is not sizer
+    draft.generation_config.num_assistant_tokens_schedule = "heuristic_transient"
+    assert sizes_for(draft, target, CHAIN, batch_size=1) is not sizer
+
+
+def test_a_random_draft_is_not_asked_any_more(monkeypatch):
+    """Under a clock on which every forward takes the same time: nine tenths of a round of 7 drafts are wasted."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(sizing.time, "perf_counter", lambda: next(ticks))
+    target = TARGETS["llama"]().eval()
+    draft = make_draft(target)
+    monkeypatch.setattr(type(draft), "draft_to_target", lambda draft, draft_ids: torch.full_like(draft_ids, 8))
+    draft.generation_config.num_assistant_tokens_schedule = "heuristic"
+    record = TreeSizer.record
+    monkeypatch.setattr(
+        TreeSizer, "record", lambda sizer, size, ranks, seconds: record(sizer, size, ranks, 1 + size.depth)
+    )
+    prompt = make_prompts([5])
+    assert_same_generation(target, draft, prompt, max_new_tokens=60)
+    nodes = draft.speculation_stats.drafted_nodes
+    assert_same_generation(target, draft, prompt, max_new_tokens=60)
+    assert draft.speculation_stats.drafted_nodes < nodes / 2
+
+
+def test_an_unknown_schedule_is_refused_by_name():
+    target = TARGETS["llama"]().eval()
+    draft = make_draft(target)
+    draft.generation_config.num_assistant_tokens_schedule = "adaptive"
+    with pytest.raises(ValueError, match=r"num_assistant_tokens_schedule` must be None or one of 'constant'"):
+        target.generate(**make_prompts([5]), assistant_model=draft, max_new_tokens=3)
