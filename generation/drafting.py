@@ -18,6 +18,10 @@ from .sampling import Noise, RowNoise, stateless_warpers
 from .support import TreePlan
 from .tree import DraftTree, build_chain, build_tree
 
+# A draft's q is flatter than the p of any one context, so that it expects noise to turn more choices than it does.
+# That costs a chain 3 to 5 %; a tree holds both candidates (benchmarks/results/log.md).
+CHAIN_SHARPNESS = 1.5
+
 
 @dataclass
 class Frontier:
@@ -73,11 +77,13 @@ def draft_tree(
         scores=torch.zeros(batch_size, 1, device=device),
         sees=torch.zeros(batch_size, 1, 0, dtype=torch.bool, device=device),
     )
+    sharpness = CHAIN_SHARPNESS if plan.top_k == 1 else 1.0
     itself = torch.eye(plan.top_k, dtype=torch.bool, device=device).expand(batch_size, -1, -1)
     token_ids, parents, scores = [], [], []
     for depth in range(plan.depth):
         logits, num_before = outputs.logits, sum(each.shape[1] for each in scores)
-        log_probs, draft_ids = expected_log_probs(draft, logits, warpers, noise, ahead=depth).topk(plan.top_k)
+        log_probs = expected_log_probs(draft, logits, warpers, noise, depth, sharpness)
+        log_probs, draft_ids = log_probs.topk(plan.top_k)
         token_ids.append(draft.draft_to_target(draft_ids).flatten(1))  # (B, W * top_k)
         parents.append(frontier.candidates.repeat_interleave(plan.top_k, dim=1))
         scores.append((frontier.scores[..., None] + log_probs).flatten(1))
@@ -120,20 +126,25 @@ def tree_inputs(memory: DraftMemory, frontier: Frontier, num_slots: int, dtype: 
 
 
 def expected_log_probs(
-    draft, logits: Tensor, warpers: LogitsProcessorList, noise: Noise | RowNoise | None, ahead: int
+    draft,
+    logits: Tensor,
+    warpers: LogitsProcessorList,
+    noise: Noise | RowNoise | None,
+    ahead: int,
+    sharpness: float,
 ) -> Tensor:
     """
     Log-probability of each draft id to be the target's choice, fp32, given the draft's logits `(B, W, Vd)`.
 
-    When sampling, the target will choose `argmax(p / e)`. The draft knows e, so its guess is `q / e`, normalised, with
-    its own distribution q under the target's temperature and filters.
+    When sampling, the target will choose `argmax(p / e)`. The draft knows e, so its guess is `q^b / e`, normalised,
+    with its own distribution q under the target's temperature and filters, and b the `sharpness`.
     """
     if noise is None:
         return logits.float().log_softmax(dim=-1)
     all_ids = draft.draft_to_target(torch.arange(logits.shape[-1], device=logits.device))  # (Vd,)
     ahead_noise = noise.peek(ahead).to(logits.device)[:, None, all_ids]  # (B, 1, Vd)
     warped = warpers(None, logits.float().flatten(0, 1)).view(logits.shape)
-    return (warped - ahead_noise.log()).log_softmax(dim=-1)
+    return (sharpness * warped.log_softmax(dim=-1) - ahead_noise.log()).log_softmax(dim=-1)
 
 
 def is_unsure(logits: Tensor, draft_ids: Tensor, threshold: float | None) -> bool:
