@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .caches import cache_bytes, keep_path, new_draft_cache
 
@@ -30,14 +30,14 @@ class DraftMemory:
         pending_tokens (`torch.LongTensor` of shape `(B, M)`): For each of them the token that follows.
         num_pending (`list[int]`): How many of a sequence's pending rows are its own; they are the last ones.
         num_rows (`list[int]`): Rows of each sequence in the cache.
-        cache (`DynamicCache`): Latents of rows from true states of the target.
+        cache (`Cache`): Latents of rows from true states of the target.
     """
 
     pending_states: Tensor
     pending_tokens: Tensor
     num_pending: list[int]
     num_rows: list[int]
-    cache: DynamicCache = field(default_factory=new_draft_cache)
+    cache: Cache = field(default_factory=new_draft_cache)
 
     @classmethod
     def of_prompt(cls, states: Tensor, input_ids: Tensor, mask: Tensor | None) -> "DraftMemory":
@@ -77,7 +77,7 @@ class DraftMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the cache."""
+        """Bytes that the cache has allocated."""
         return cache_bytes(self.cache)
 
     def await_rows(self, states: Tensor, tokens: Tensor, num_new: list[int]) -> None:
