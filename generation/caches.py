@@ -16,7 +16,7 @@ SPARE_POSITIONS = 256
 
 class PreallocatedLayer(DynamicLayer):
     """
-    A cache layer that grows in steps: new positions are written where there is room, and `keys` and `values` are views.
+    A cache layer that grows in steps: new positions are written where there is room; `keys` and `values` are views.
 
     `DynamicLayer` copies its whole past for every new position. The numbers are the same.
     """
@@ -55,7 +55,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def _has_room(self, num_positions: int) -> bool:
-        # Inherited methods that select sequences leave other tensors than views of the buffers: then these are renewed.
+        # Inherited methods that select sequences leave tensors that are no views: then the buffers are renewed.
         is_view = bool(self.buffers) and self.keys.data_ptr() == self.buffers[0].data_ptr()
         return is_view and num_positions <= self.buffers[0].shape[2]
 

@@ -36,7 +36,7 @@ def paths_of(tree) -> list[tuple[int, ...]]:
     """The path of every node of ours but the root."""
     paths = {0: ()}
     for node in range(1, len(tree)):
-        paths[node] = (*paths[int(tree.parents[node])], int(tree.token_ids[node]))
+        paths[node] = (*paths[int(tree.parents[0, node])], int(tree.token_ids[0, node]))
     return list(paths.values())[1:]
 
 
@@ -48,7 +48,8 @@ def both_trees(eagle2, target, draft, text, size):
         target(text)
     states, tokens = captured.take()[:, :-1], text[:, 1:]
     plan = TreePlan(size.num_nodes, size.depth, size.top_k, None)
-    ours = draft_tree(draft, target, DraftMemory(states, tokens), plan, LogitsProcessorList(), None)
+    memory = DraftMemory.of_prompt(draft.fuse(states), text, mask=None)
+    ours = draft_tree(draft, target, memory, plan, LogitsProcessorList(), None)
     cache = DynamicCache()
     outputs = draft(inputs_embeds=draft.embed(tokens, target), aux_hidden_states=states, past_key_values=cache)
     reference = eagle2.reference_tree(target, draft, cache, outputs.states[:, -1:], outputs.logits[:, -1], size)
