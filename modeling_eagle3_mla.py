@@ -464,14 +464,14 @@ class AuxHiddenStates:
         self.layers = decoder_layers(target)
         self.layer_ids = layer_ids
         self.device, self.dtype = device, dtype
-        self.chunks: list[list[Tensor]] = [[] for _ in layer_ids]
+        self.chunks: list[list[Tensor]] = [[] for _ in layer_ids]  # of each place, one for each forward
         self.thread = threading.get_ident()
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "AuxHiddenStates":
         self.thread = threading.get_ident()
-        for chunks, layer_id in zip(self.chunks, self.layer_ids, strict=True):
-            self.handles.append(self._hook(chunks, layer_id))
+        for index, layer_id in enumerate(self.layer_ids):
+            self.handles.append(self._hook(index, layer_id))
         return self
 
     def __exit__(self, *exception) -> None:
@@ -485,6 +485,17 @@ class AuxHiddenStates:
         Raises:
             NotImplementedError: If the target's layers cannot be listened to, or hold several streams.
         """
+        self._check_chunks()
+        states = [torch.cat([chunk.to(self.device) for chunk in chunks], dim=1) for chunks in self.chunks]
+        for chunks in self.chunks:
+            chunks.clear()
+        return torch.cat(states, dim=-1).to(self.dtype)
+
+    def receive(self, index: int, states: Tensor) -> None:
+        """Keeps the states of the place `index`, `(B, T, Dt)`."""
+        self.chunks[index].append(states)
+
+    def _check_chunks(self) -> None:
         if not all(self.chunks):
             raise NotImplementedError(
                 "The target's layers were not seen running, as under `target.compile()`. Use the target uncompiled, "
@@ -494,16 +505,12 @@ class AuxHiddenStates:
             raise NotImplementedError(
                 f"The target's residual stream must have the shape (B, T, Dt), got {tuple(self.chunks[0][0].shape)}."
             )
-        states = [torch.cat([chunk.to(self.device) for chunk in chunks], dim=1) for chunks in self.chunks]
-        for chunks in self.chunks:
-            chunks.clear()
-        return torch.cat(states, dim=-1).to(self.dtype)
 
-    def _hook(self, chunks: list[Tensor], layer_id: int) -> torch.utils.hooks.RemovableHandle:
+    def _hook(self, index: int, layer_id: int) -> torch.utils.hooks.RemovableHandle:
         def keep(states: Tensor) -> None:
             # Another thread may be running the same target for a draft of its own.
             if threading.get_ident() == self.thread:
-                chunks.append(states)
+                self.receive(index, states)
 
         def before(module, args, kwargs):
             keep(args[0] if args else kwargs["hidden_states"])
@@ -514,6 +521,80 @@ class AuxHiddenStates:
         if layer_id < len(self.layers):
             return self.layers[layer_id].register_forward_pre_hook(before, with_kwargs=True)
         return self.layers[-1].register_forward_hook(after)
+
+
+class FusedStates(AuxHiddenStates):
+    """
+    As [`AuxHiddenStates`], but what `take` returns went through the draft's `fc`: one state of a position, not three.
+
+    A forward over more than `max_unfused` tokens adds `fc`'s part for each place as soon as its layer has run
+    (`fc [g1; g2; g3] = fc1 g1 + fc2 g2 + fc3 g3`, equal up to rounding), so that the states of one layer, which the
+    target holds anyway, are the only ones. Shorter forwards are kept, at most one of them, and fused at once.
+
+    Args:
+        target (`PreTrainedModel`): A decoder-only model.
+        draft ([`Eagle3MLADraftModel`]): The head.
+    """
+
+    max_unfused = 2048
+
+    def __init__(self, target: PreTrainedModel, draft: "Eagle3MLADraftModel"):
+        weight = draft.fc.weight
+        super().__init__(target, draft.config.eagle_aux_hidden_state_layer_ids, weight.device, weight.dtype)
+        self.draft = draft
+        self.fused: list[Tensor] = []
+
+    def take(self, path: Tensor | None = None) -> Tensor:
+        """
+        The fused states of all forwards since the last call, `(B, T, D)`.
+
+        Args:
+            path (`torch.LongTensor` of shape `(B, P)`, *optional*):
+                The wanted positions of the only forward since then; `None`: all.
+
+        Raises:
+            NotImplementedError: If the target's layers cannot be listened to, or hold several streams.
+        """
+        is_unfused = any(self.chunks) or not self.fused
+        if is_unfused:
+            self._fuse_chunks(path)
+        fused, self.fused = self.fused, []
+        states = fused[0] if len(fused) == 1 else torch.cat(fused, dim=1)
+        return states if path is None or is_unfused else states.gather(1, rows_of(path, states))
+
+    def receive(self, index: int, states: Tensor) -> None:
+        if index == 0 and all(self.chunks):
+            self._fuse_chunks()
+        if states.dim() == 3 and states.shape[1] > self.max_unfused:
+            self._add_part(index, states)
+        else:
+            super().receive(index, states)
+
+    def _fuse_chunks(self, path: Tensor | None = None) -> None:
+        self._check_chunks()
+        chunks = [chunks.pop() for chunks in self.chunks]
+        if path is not None:
+            chunks = [states.gather(1, rows_of(path, states)) for states in chunks]
+        chunks = torch.cat([states.to(self.device) for states in chunks], dim=-1)
+        self.fused.append(self.draft.fuse(chunks.to(self.dtype)))
+
+    def _add_part(self, index: int, states: Tensor) -> None:
+        batch_size, num_tokens, width = states.shape
+        if index == 0:
+            shape = batch_size, num_tokens, self.draft.config.hidden_size
+            self.fused.append(torch.zeros(shape, dtype=self.dtype, device=self.device))
+        sums = self.fused[-1]
+        weight = matrix(self.draft.fc, sums.new_empty(1, 3 * width)).chunk(3, dim=1)[index]
+        for rows, part in zip(sums.split(self.max_unfused, dim=1), states.split(self.max_unfused, dim=1), strict=True):
+            part = part.to(device=self.device, dtype=self.dtype)
+            if self.draft.config.fc_norm:
+                part = self.draft.fc_norm[index](part)
+            rows += F.linear(part, weight)
+
+
+def rows_of(path: Tensor, states: Tensor) -> Tensor:
+    """`path (B, P)` as the index that gathers its rows from `states (B, T, D)`."""
+    return path.to(states.device)[..., None].expand(-1, -1, states.shape[-1])
 
 
 def decoder_layers(target: PreTrainedModel) -> nn.ModuleList:
@@ -729,6 +810,10 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
         """A context in which every forward of `target` leaves the states that `forward` takes."""
         layer_ids = self.config.eagle_aux_hidden_state_layer_ids
         return AuxHiddenStates(target, layer_ids, self.fc.weight.device, self.fc.weight.dtype)
+
+    def capture_fused_states(self, target: PreTrainedModel) -> FusedStates:
+        """A context in which every forward of `target` leaves the `fused_states` that `forward` takes."""
+        return FusedStates(target, self)
 
     def check_target(self, target: PreTrainedModel) -> None:
         """

@@ -1,17 +1,81 @@
 """What the two models remember, and how a round's rejected nodes are forgotten.
 
-The target's cache is the one that `generate()` prepared. The draft's holds latents in transformers' own cache layers:
-keys are `c_kv (B, 1, T, C)`, values `k_rope (B, 1, T, R)`.
+The target's cache is the one that `generate()` prepared. The draft's holds latents in layers of its own, which write
+into buffers with room to spare: keys are `c_kv (B, 1, T, C)`, values `k_rope (B, 1, T, R)`.
 """
 
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+# A buffer that is too small is replaced by one with room for a quarter more, but for so many positions at least: then
+# the copies cost four times as much as writing every position once, however long the text becomes.
+SPARE_POSITIONS = 256
 
 
-def new_draft_cache() -> DynamicCache:
+class PreallocatedLayer(DynamicLayer):
+    """
+    A cache layer that grows in steps: new positions are written where there is room; `keys` and `values` are views.
+
+    `DynamicLayer` copies its whole past for every new position. The numbers are the same.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.buffers: tuple[Tensor, ...] = ()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are allocated."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        # Not slices of the states, which would stay in memory.
+        self.keys, self.values = (states.new_empty(states[:, :, :0].shape) for states in (key_states, value_states))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """
+        Appends positions, `(B, G, T, width)`, and returns all.
+
+        **Effects**: what earlier calls returned is overwritten where it has been cropped since.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        num_before = self.get_seq_length()
+        num_positions = num_before + key_states.shape[2]
+        if not self._has_room(num_positions):
+            num_spare = max(SPARE_POSITIONS, num_positions // 4)
+            self.buffers = tuple(grown(states, num_positions + num_spare) for states in (self.keys, self.values))
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, num_before:num_positions] = states
+        self.keys, self.values = (buffer[:, :, :num_positions] for buffer in self.buffers)
+        return self.keys, self.values
+
+    def _has_room(self, num_positions: int) -> bool:
+        # Inherited methods that select sequences leave tensors that are no views: then the buffers are renewed.
+        is_view = bool(self.buffers) and self.keys.data_ptr() == self.buffers[0].data_ptr()
+        return is_view and num_positions <= self.buffers[0].shape[2]
+
+    def reset(self) -> None:
+        """Forgets all positions and gives the buffers back."""
+        self.keys = self.values = None
+        self.is_initialized = False
+        self.buffers = ()
+
+
+def grown(states: Tensor, num_positions: int) -> Tensor:
+    """A buffer for `num_positions` positions that begins with `states (B, G, T, width)`."""
+    buffer = states.new_empty(*states.shape[:2], num_positions, states.shape[3])
+    buffer[:, :, : states.shape[2]] = states
+    return buffer
+
+
+def new_draft_cache() -> Cache:
     """An empty cache for the draft, which grows with what it is given."""
-    return DynamicCache()
+    return Cache(layer_class_to_replicate=PreallocatedLayer)
 
 
 def forget_last(cache: Cache, num_positions: int) -> None:
@@ -65,6 +129,5 @@ def keep_path(
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of the tensors that `cache` holds."""
-    tensors = [tensor for layer in cache.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes that the draft's `cache` has allocated."""
+    return sum(layer.num_bytes for layer in cache.layers)

@@ -110,7 +110,7 @@ def decode(
 
     **Effects**: fills `transcript` and `stats`.
     """
-    captured = draft.capture_aux_hidden_states(target)
+    captured = draft.capture_fused_states(target)
     with captured, stats.times.prefill:
         outputs = target._prefill(transcript.input_ids, generation_config, model_kwargs)
     transcript.extend(outputs.logits[:, -1].to(dtype=torch.float32, device=transcript.input_ids.device, copy=True))
@@ -135,7 +135,9 @@ def decode(
                 outputs, logits = read_tree(target, tree, texts.ids, model_kwargs, texts.lengths, max_length)
             verdict = texts.accept(tree, logits)
             model_kwargs = keep(target, tree, verdict, outputs, model_kwargs)
-            memory.await_rows(along(verdict.path, captured.take()), verdict.tokens, verdict.num_kept)
+            with stats.times.draft:
+                states = captured.take(verdict.path)
+            memory.await_rows(states, verdict.tokens, verdict.num_kept)
 
             stats.target_calls += 1
             stats.record(verdict.walks, len(tree) - 1, tree.deepest)
@@ -169,8 +171,3 @@ def keep(target: PreTrainedModel, tree: DraftTree, verdict: Verdict, outputs, mo
     if num_new > 0:
         model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_new)
     return model_kwargs
-
-
-def along(path: Tensor, states: Tensor) -> Tensor:
-    """The states of a path, `(B, P)` and `(B, N, D)` -> `(B, P, D)`."""
-    return states.gather(1, path.to(states.device)[..., None].expand(-1, -1, states.shape[-1]))

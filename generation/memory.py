@@ -8,16 +8,21 @@ The sequences of a batch need not have equally many rows: padding has none. A se
 cache from the first one on, so slot and RoPE position are the same number; slots beyond hold what nobody sees. Pending
 rows end together instead, with the root, so that the last one is the one whose scores are wanted.
 
-Shapes: B batch, M pending rows, L slots of the cache, D hidden, Dt the target's hidden.
+A long prompt is read in chunks, so that what attention and MLP need at once does not grow with it.
+
+Shapes: B batch, M pending rows, L slots of the cache, D hidden.
 """
 
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from .caches import cache_bytes, keep_path, new_draft_cache
+
+# Pending rows of a sequence that the draft reads at once.
+CHUNK_ROWS = 2048
 
 
 @dataclass
@@ -26,18 +31,18 @@ class DraftMemory:
     The draft's rows of a batch.
 
     Args:
-        pending_states (`torch.Tensor` of shape `(B, M, 3 * Dt)`): The target's states, not yet read by the draft.
+        pending_states (`torch.Tensor` of shape `(B, M, D)`): The target's states, fused, not yet read by the draft.
         pending_tokens (`torch.LongTensor` of shape `(B, M)`): For each of them the token that follows.
         num_pending (`list[int]`): How many of a sequence's pending rows are its own; they are the last ones.
         num_rows (`list[int]`): Rows of each sequence in the cache.
-        cache (`DynamicCache`): Latents of rows from true states of the target.
+        cache (`Cache`): Latents of rows from true states of the target.
     """
 
     pending_states: Tensor
     pending_tokens: Tensor
     num_pending: list[int]
     num_rows: list[int]
-    cache: DynamicCache = field(default_factory=new_draft_cache)
+    cache: Cache = field(default_factory=new_draft_cache)
 
     @classmethod
     def of_prompt(cls, states: Tensor, input_ids: Tensor, mask: Tensor | None) -> "DraftMemory":
@@ -45,7 +50,7 @@ class DraftMemory:
         The prompt's rows, all pending, without those of its padding.
 
         Args:
-            states (`torch.Tensor` of shape `(B, T, 3 * Dt)`): The target's, of the prompt.
+            states (`torch.Tensor` of shape `(B, T, D)`): The target's, of the prompt, fused.
             input_ids (`torch.LongTensor` of shape `(B, T + 1)`): The prompt and the first new token.
             mask (`torch.Tensor` of shape `(B, T + 1)`, *optional*): 0 where a position is padding.
         """
@@ -77,7 +82,7 @@ class DraftMemory:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the cache."""
+        """Bytes that the cache has allocated."""
         return cache_bytes(self.cache)
 
     def await_rows(self, states: Tensor, tokens: Tensor, num_new: list[int]) -> None:
@@ -85,7 +90,7 @@ class DraftMemory:
         Adds accepted rows to the pending ones.
 
         Args:
-            states (`torch.Tensor` of shape `(B, P, 3 * Dt)`): The target's.
+            states (`torch.Tensor` of shape `(B, P, D)`): The target's, fused.
             tokens (`torch.LongTensor` of shape `(B, P)`): For each of them the token that follows.
             num_new (`list[int]`): How many of a sequence's rows are meant; they are the first ones.
         """
@@ -113,11 +118,8 @@ class DraftMemory:
         """
         if not self.is_even and max(self.num_rows) == 0:
             self._read_all_but_roots(draft, target)
-        inputs = {} if self.is_even else self._uneven_inputs()
-        outputs = self._read(draft, target, self.pending_states, self.pending_tokens, logits_to_keep=1, **inputs)
-        if not self.is_even:
-            self._move_to_their_slots()
-        self._mark_read()
+        while (num_waiting := self.pending_tokens.shape[1]) > 0:
+            outputs = self._read_next(draft, target, min(num_waiting, CHUNK_ROWS))
         return outputs
 
     def sees(self, num_slots: int, device: torch.device) -> Tensor:
@@ -134,28 +136,43 @@ class DraftMemory:
         longest, device = self.pending_tokens.shape[1], self.pending_tokens.device
         num_missing = longest - torch.tensor(self.num_pending, device=device)
         rows = (torch.arange(longest - 1, device=device) + num_missing[:, None]).clamp(max=longest - 1)  # (B, M - 1)
-        tokens = self.pending_tokens.gather(1, rows)
-        rows = rows.to(self.pending_states.device)[..., None].expand(-1, -1, self.pending_states.shape[-1])
-        self._read(draft, target, self.pending_states.gather(1, rows), tokens, logits_to_keep=1)
+        for chunk in rows.split(CHUNK_ROWS, dim=1):
+            places = chunk.to(self.pending_states.device)[..., None].expand(-1, -1, self.pending_states.shape[-1])
+            states, tokens = self.pending_states.gather(1, places), self.pending_tokens.gather(1, chunk)
+            self._read(draft, target, states, tokens)
         self.num_rows = [count - 1 for count in self.num_pending]
         self.num_pending = [1] * len(self.num_pending)
         self.pending_states, self.pending_tokens = self.pending_states[:, -1:], self.pending_tokens[:, -1:]
 
-    def _read(self, draft, target: PreTrainedModel, states: Tensor, tokens: Tensor, **inputs):
-        return draft(
-            inputs_embeds=draft.embed(tokens, target), aux_hidden_states=states, past_key_values=self.cache, **inputs
-        )
+    def _read_next(self, draft, target: PreTrainedModel, num_columns: int):
+        """Reads the first so many columns of the pending rows."""
+        num_later = self.pending_tokens.shape[1] - num_columns
+        num_new = [max(0, count - num_later) for count in self.num_pending]
+        is_even = self.has_even_rows and len(set(num_new)) == 1
+        inputs = {} if is_even else self._uneven_inputs(num_columns, num_new)
+        states, tokens = self.pending_states[:, :num_columns], self.pending_tokens[:, :num_columns]
+        outputs = self._read(draft, target, states, tokens, **inputs)
+        if not is_even:
+            self._move_to_their_slots(num_columns, num_new)
+        self.num_rows = [count + new for count, new in zip(self.num_rows, num_new, strict=True)]
+        self.num_pending = [count - new for count, new in zip(self.num_pending, num_new, strict=True)]
+        self.pending_states = self.pending_states[:, num_columns:]
+        self.pending_tokens = self.pending_tokens[:, num_columns:]
+        return outputs
 
-    def _uneven_inputs(self) -> dict[str, Tensor]:
-        """Mask and positions of the pending rows; what stands before a sequence's own is seen by itself alone."""
+    def _read(self, draft, target: PreTrainedModel, states: Tensor, tokens: Tensor, **inputs):
+        embeds = draft.embed(tokens, target)
+        return draft(inputs_embeds=embeds, fused_states=states, past_key_values=self.cache, logits_to_keep=1, **inputs)
+
+    def _uneven_inputs(self, num_columns: int, num_new: list[int]) -> dict[str, Tensor]:
+        """Mask and positions of the next columns; what stands before a sequence's own is seen by itself alone."""
         device, dtype = self.pending_states.device, self.pending_states.dtype
-        num_new = self.pending_tokens.shape[1]
-        new = torch.arange(num_new, device=device)
-        first = num_new - torch.tensor(self.num_pending, device=device)[:, None]  # (B, 1)
+        new = torch.arange(num_columns, device=device)
+        first = num_columns - torch.tensor(num_new, device=device)[:, None]  # (B, 1)
         positions = (torch.tensor(self.num_rows, device=device)[:, None] + new - first).clamp(min=0)  # (B, M)
-        among_new = (new <= new[:, None]) & (new >= first[..., None]) | torch.eye(num_new, device=device).bool()
+        among_new = (new <= new[:, None]) & (new >= first[..., None]) | torch.eye(num_columns, device=device).bool()
         past = self.sees(self.cache.get_seq_length(), device)
-        sees = torch.cat([past[:, None].expand(-1, num_new, -1), among_new], dim=2)  # (B, M, L + M)
+        sees = torch.cat([past[:, None].expand(-1, num_columns, -1), among_new], dim=2)  # (B, M, L + M)
         slots = torch.arange(past.shape[1], device=device).expand_as(past)
         return {
             "attention_mask": additive_mask(sees, dtype),
@@ -163,17 +180,12 @@ class DraftMemory:
             "key_position_ids": torch.cat([slots, positions], dim=1),
         }
 
-    def _move_to_their_slots(self) -> None:
+    def _move_to_their_slots(self, num_columns: int, num_new: list[int]) -> None:
         """From behind the longest sequence, where the cache has appended them."""
-        num_new, device = self.pending_tokens.shape[1], self.pending_states.device
-        first = num_new - torch.tensor(self.num_pending, device=device)[:, None]
-        rows = (first + torch.arange(max(self.num_pending), device=device)).clamp(max=num_new - 1)
-        keep_path(self.cache, num_new, rows, self.num_rows, self.num_pending)
-
-    def _mark_read(self) -> None:
-        self.num_rows = [count + new for count, new in zip(self.num_rows, self.num_pending, strict=True)]
-        self.num_pending = [0] * len(self.num_rows)
-        self.pending_states, self.pending_tokens = self.pending_states[:, :0], self.pending_tokens[:, :0]
+        device = self.pending_states.device
+        first = num_columns - torch.tensor(num_new, device=device)[:, None]
+        rows = (first + torch.arange(max(num_new), device=device)).clamp(max=num_columns - 1)
+        keep_path(self.cache, num_columns, rows, self.num_rows, num_new)
 
 
 def additive_mask(sees: Tensor, dtype: torch.dtype) -> Tensor:

@@ -29,8 +29,8 @@ class SpeculationStats:
         target_calls (`int`): Forwards of the target, prefill included; one forward reads the whole batch.
         new_tokens (`int`): Emitted tokens, those of the prefill included.
         drafted_nodes (`int`): Draft tokens that the target has read, accepted or not.
-        draft_cache_bytes (`int`): Bytes of the draft's cache after the last round.
-        draft_cache_tokens (`int`): Positions in it, of the longest sequence.
+        draft_cache_bytes (`int`): Bytes allocated for the draft's cache after the last round.
+        draft_cache_tokens (`int`): Positions in use there, by the longest sequence.
         times ([`CallTimes`]): Behind the properties that end in `_seconds`.
     """
 

@@ -48,7 +48,7 @@ def both_trees(eagle2, target, draft, text, size):
         target(text)
     states, tokens = captured.take()[:, :-1], text[:, 1:]
     plan = TreePlan(size.num_nodes, size.depth, size.top_k, None)
-    memory = DraftMemory.of_prompt(states, text, mask=None)
+    memory = DraftMemory.of_prompt(draft.fuse(states), text, mask=None)
     ours = draft_tree(draft, target, memory, plan, LogitsProcessorList(), None)
     cache = DynamicCache()
     outputs = draft(inputs_embeds=draft.embed(tokens, target), aux_hidden_states=states, past_key_values=cache)

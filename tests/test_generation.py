@@ -247,14 +247,16 @@ def test_statistics_count_emitted_tokens(llama):
     assert stats.target_calls == 1 + stats.rounds
     assert stats.accepted_by_depth[0] == sum(length > 1 for length in stats.acceptance_lengths)
     assert all(0 <= rate <= 1 for rate in stats.acceptance_by_depth)
-    assert stats.draft_cache_bytes == stats.draft_cache_tokens * draft.config.mla_latent_dim * 4
+    # The prompt's rows and as many spare ones as a new buffer gets.
+    assert stats.draft_cache_bytes == (6 + caching.SPARE_POSITIONS) * draft.config.mla_latent_dim * 4
+    assert 6 + MAX_NEW_TOKENS - 8 < stats.draft_cache_tokens < 6 + MAX_NEW_TOKENS
 
 
 @torch.no_grad()
 def test_draft_cache_is_rebuilt_from_the_targets_true_states(llama, monkeypatch):
     """Rows of guesses that stay behind cost no correctness and much acceptance; nobody would see it."""
-    caches = []
-    monkeypatch.setattr(caching, "DynamicCache", lambda: caches.append(DynamicCache()) or caches[-1])
+    caches, new_cache = [], caching.Cache
+    monkeypatch.setattr(caching, "Cache", lambda **fields: caches.append(new_cache(**fields)) or caches[-1])
     draft = make_draft(llama)
     sequences = llama.generate(**make_prompt(6), max_new_tokens=20, do_sample=False, assistant_model=draft)
     num_rows = caches[0].get_seq_length()

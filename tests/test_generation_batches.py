@@ -302,14 +302,14 @@ def test_sequences_of_a_batch_are_drafted_as_each_alone(fields, top_k):
 
 
 def random_rows(num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(num_rows, 96).double(), torch.randint(2, VOCAB_SIZE, (num_rows,))
+    return torch.randn(num_rows, 32).double(), torch.randint(2, VOCAB_SIZE, (num_rows,))
 
 
 def await_rows(memory: DraftMemory | None, rows: list[tuple[torch.Tensor, torch.Tensor]]) -> DraftMemory:
     """Rows of different counts, beside others that nobody may see."""
     counts = [len(tokens) for _, tokens in rows]
     width = max(counts) + (memory is not None)
-    states, tokens = torch.full((len(rows), width, 96), 1e3).double(), torch.zeros(len(rows), width, dtype=torch.long)
+    states, tokens = torch.full((len(rows), width, 32), 1e3).double(), torch.zeros(len(rows), width, dtype=torch.long)
     for row, (own_states, own_tokens) in enumerate(rows):
         # The prompt's rows end together, those of a path begin together.
         place = slice(width - counts[row], None) if memory is None else slice(counts[row])

@@ -132,7 +132,7 @@ def test_drafted_tree_is_the_best_of_all_paths_of_the_reference(fields, noise_se
     """EAGLE-2's expansion, written as plain recursion: every node by a chain of the draft's own forwards."""
     target = TARGETS["llama"]().eval().double()
     draft = make_draft(target, **fields).double()
-    memory = DraftMemory(torch.randn(1, 5, 96).double(), torch.randint(2, VOCAB_SIZE, (1, 5)), [5], [0])
+    memory = DraftMemory(torch.randn(1, 5, 32).double(), torch.randint(2, VOCAB_SIZE, (1, 5)), [5], [0])
     pending = memory.pending_states, memory.pending_tokens
     noise = None if noise_seed is None else KnownNoise(noise_seed)
     plan = TreePlan(num_nodes=11, depth=3, top_k=3, confidence_threshold=None)
@@ -176,7 +176,7 @@ def reference_tree(draft, target, states, tokens, plan, noise) -> set[tuple[int,
 def chain_logits(draft, target, states, tokens, path) -> torch.Tensor:
     """The draft's logits `(Vd,)` after it has decoded `path`, one token at a time."""
     cache = DynamicCache()
-    outputs = draft(draft.embed(tokens, target), aux_hidden_states=states, past_key_values=cache, logits_to_keep=1)
+    outputs = draft(draft.embed(tokens, target), fused_states=states, past_key_values=cache, logits_to_keep=1)
     for token in path:
         embeds = draft.embed(torch.tensor([[token]]), target)
         outputs = draft(embeds, fused_states=outputs.states, past_key_values=cache)
