@@ -28,6 +28,7 @@ from .ragged import RaggedTexts
 from .sizing import sizes_for
 from .support import TreePlan, check_call, may_differ_in_length, pad_token, tree_plan
 from .timing import CallTimes
+from .traces import Traces
 from .transcript import Transcript
 from .tree import DraftTree
 from .verification import TextsInStep, Verdict, read_tree
@@ -83,9 +84,10 @@ def generate(
         logits=() if wants_output and generation_config.output_logits else None,
         streamer=streamer,
     )
+    traces = Traces.wanted_by(generation_config)
     stats = draft.speculation_stats = SpeculationStats(times=CallTimes(target.device, draft.device))
     try:
-        cache = decode(target, draft, transcript, stats, generation_config, model_kwargs)
+        cache = decode(target, draft, transcript, traces, stats, generation_config, model_kwargs)
     finally:
         stats.times.end()
         if streamer is not None:
@@ -93,7 +95,12 @@ def generate(
     if not wants_output:
         return transcript.input_ids
     return GenerateDecoderOnlyOutput(
-        sequences=transcript.input_ids, scores=transcript.scores, logits=transcript.logits, past_key_values=cache
+        sequences=transcript.input_ids,
+        scores=transcript.scores,
+        logits=transcript.logits,
+        attentions=traces.attentions,
+        hidden_states=traces.hidden_states,
+        past_key_values=cache,
     )
 
 
@@ -101,6 +108,7 @@ def decode(
     target: PreTrainedModel,
     draft,
     transcript: Transcript,
+    traces: Traces,
     stats: SpeculationStats,
     generation_config: GenerationConfig,
     model_kwargs: dict,
@@ -108,14 +116,16 @@ def decode(
     """
     All rounds of one call; returns the target's cache, which holds the whole text but its last token.
 
-    **Effects**: fills `transcript` and `stats`.
+    **Effects**: fills `transcript`, `traces` and `stats`.
     """
     captured = draft.capture_fused_states(target)
     with captured, stats.times.prefill:
         outputs = target._prefill(transcript.input_ids, generation_config, model_kwargs)
     transcript.extend(outputs.logits[:, -1].to(dtype=torch.float32, device=transcript.input_ids.device, copy=True))
+    traces.add_prompt(outputs)
     model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs)
     cache = outputs.past_key_values
+    del outputs
     # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
     cache.activate_past_recording()
     memory = DraftMemory.of_prompt(captured.take(), transcript.input_ids, model_kwargs.get("attention_mask"))
@@ -123,7 +133,8 @@ def decode(
     transcript.flush()
     stats.times.begin_rounds(target, draft)
 
-    texts = RaggedTexts(transcript) if may_differ_in_length(target, transcript) else TextsInStep(transcript)
+    may_differ = may_differ_in_length(target, transcript, traces.are_wanted)
+    texts = RaggedTexts(transcript) if may_differ else TextsInStep(transcript)
     sizes = sizes_for(draft, target, largest_plan(draft, target), len(transcript.input_ids))
     max_length = transcript.stopping_criteria.max_length
     with uneven_windows(cache) if texts.lengths else nullcontext():
@@ -134,7 +145,9 @@ def decode(
             with captured:
                 outputs, logits = read_tree(target, tree, texts.ids, model_kwargs, texts.lengths, max_length)
             verdict = texts.accept(tree, logits)
+            traces.add_path(target, outputs, verdict.path)
             model_kwargs = keep(target, tree, verdict, outputs, model_kwargs)
+            del outputs, logits
             with stats.times.draft:
                 states = captured.take(verdict.path)
             memory.await_rows(states, verdict.tokens, verdict.num_kept)

@@ -92,7 +92,6 @@ def check_call(
     draft.check_target(target)
     tree_plan(draft)
     schedule(draft)
-    _check_outputs(generation_config)
     _check_cache(generation_config, model_kwargs)
     if model_kwargs.get("inputs_embeds") is not None:
         raise NotImplementedError("`inputs_embeds` must be None: an EAGLE-3 draft needs the prompt's `input_ids`.")
@@ -111,22 +110,29 @@ def check_call(
         )
 
 
-def may_differ_in_length(target: PreTrainedModel, transcript: Transcript) -> bool:
+def may_differ_in_length(target: PreTrainedModel, transcript: Transcript, is_traced: bool) -> bool:
     """
     Whether every sequence may go on at its own pace, or must wait for the others at every token.
 
     A single sequence waits for nobody: there it decides whether the target chooses at all nodes at once.
 
+    Args:
+        target (`PreTrainedModel`): The target.
+        transcript ([`Transcript`]): The text, with its processors and criteria.
+        is_traced (`bool`): Whether hidden states or attentions are wanted, an entry for each token of all sequences.
+
     **Effects**: where a batch must go on in step, the log says so once, with the reason.
     """
     criteria = [type(each).__name__ for each in transcript.stopping_criteria if type(each) not in STOCK_CRITERIA]
     if len(transcript.input_ids) == 1:
-        return not criteria and all(map(is_stateless, transcript.logits_processor))
+        return not is_traced and not criteria and all(map(is_stateless, transcript.logits_processor))
     known = STATELESS_WARPERS + PREFIX_PROCESSORS
     others = criteria + [type(each).__name__ for each in transcript.logits_processor if type(each) not in known]
     reason = None
     if others:
         reason = f"{', '.join(others)} may depend on how often or in which order texts are shown"
+    elif is_traced:
+        reason = "`output_hidden_states` and `output_attentions` have one entry for each token of all sequences"
     elif not can_branch(target):
         reason = f"{type(target).__name__} takes no masks for sequences of different lengths"
     if reason is not None and reason not in _reasons_given:
@@ -204,16 +210,6 @@ def confidence_threshold(draft) -> float | None:
             f"{value!r}."
         )
     return value
-
-
-def _check_outputs(generation_config: GenerationConfig) -> None:
-    if not generation_config.return_dict_in_generate:
-        return
-    for name in ("output_attentions", "output_hidden_states"):
-        if getattr(generation_config, name):
-            raise NotImplementedError(
-                f"`{name}=True` is not supported with an EAGLE-3 draft yet. Pass False, or no `assistant_model`."
-            )
 
 
 def _check_cache(generation_config: GenerationConfig, model_kwargs: dict) -> None:

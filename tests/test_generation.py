@@ -291,8 +291,6 @@ def test_hook_wraps_once_however_often_it_is_installed():
     [
         ({"cache_implementation": "static"}, NotImplementedError, "must be a DynamicCache.*'static'"),
         ({"use_cache": False}, ValueError, "`use_cache` must be True"),
-        ({"output_attentions": True}, NotImplementedError, "`output_attentions=True`"),
-        ({"output_hidden_states": True}, NotImplementedError, "`output_hidden_states=True`"),
     ],
     ids=str,
 )
