@@ -128,6 +128,29 @@ def keep_path(
     forget_last(cache, num_before + num_nodes - longest)
 
 
+def drop_positions(cache: Cache, first: int, counts: list[int], num_left: int) -> None:
+    """
+    Drops some positions of each sequence, those from `first` on; what is behind them moves up.
+
+    Args:
+        cache (`Cache`): The draft's.
+        first (`int`): The slot from which on positions are dropped.
+        counts (`list[int]`): How many of them each sequence loses.
+        num_left (`int`): Length of the cache afterwards.
+
+    **Effects**: moves the positions in place and shortens `cache`.
+    """
+    num_before = cache.get_seq_length()
+    for layer in cache.layers:
+        slots = torch.arange(first, num_left, device=layer.keys.device)
+        slots = slots + torch.tensor(counts, device=slots.device)[:, None]  # (B, num_left - first)
+        slots = slots.clamp(max=num_before - 1)[:, None, :, None]
+        for states in (layer.keys, layer.values):
+            moved = states.gather(2, slots.expand(-1, states.shape[1], -1, states.shape[3]))
+            states[:, :, first:num_left] = moved
+    forget_last(cache, num_before - num_left)
+
+
 def cache_bytes(cache: Cache) -> int:
     """Bytes that the draft's `cache` has allocated."""
     return sum(layer.num_bytes for layer in cache.layers)

@@ -26,7 +26,7 @@ from .memory import DraftMemory
 from .metrics import SpeculationStats
 from .ragged import RaggedTexts
 from .sizing import sizes_for
-from .support import TreePlan, check_call, may_differ_in_length, pad_token, tree_plan
+from .support import TreePlan, check_call, draft_window, may_differ_in_length, pad_token, tree_plan
 from .timing import CallTimes
 from .traces import Traces
 from .transcript import Transcript
@@ -128,7 +128,8 @@ def decode(
     del outputs
     # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
     cache.activate_past_recording()
-    memory = DraftMemory.of_prompt(captured.take(), transcript.input_ids, model_kwargs.get("attention_mask"))
+    mask = model_kwargs.get("attention_mask")
+    memory = DraftMemory.of_prompt(captured.take(), transcript.input_ids, mask, draft_window(draft))
     stats.target_calls, stats.new_tokens = 1, len(transcript.input_ids)
     transcript.flush()
     stats.times.begin_rounds(target, draft)

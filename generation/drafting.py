@@ -108,20 +108,23 @@ def draft_tree(
 
 
 def tree_inputs(memory: DraftMemory, frontier: Frontier, num_slots: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The draft's mask and positions for the rows of a frontier; chains after equally many rows need neither."""
-    batch_size, width, num_drafted = frontier.sees.shape
-    if width == 1 and memory.has_even_rows:
+    """
+    The draft's mask and positions for the rows of a frontier.
+
+    Chains after equally many rows need neither, as long as they see all of these.
+    """
+    _, width, num_drafted = frontier.sees.shape
+    if width == 1 and memory.has_even_rows and memory.shows_all(num_drafted):
         return {}
     device = frontier.sees.device
-    past = memory.sees(num_slots, device)  # (B, L)
-    sees = torch.cat([past[:, None].expand(-1, width, -1), frontier.sees], dim=2)
     depths = torch.arange(num_drafted // width, device=device).repeat_interleave(width)
-    drafted = torch.tensor(memory.num_rows, device=device)[:, None] + depths
-    positions = torch.cat([torch.arange(num_slots, device=device).expand(batch_size, -1), drafted], dim=1)
+    drafted = torch.tensor(memory.num_rows, device=device)[:, None] + depths  # (B, rows)
+    positions = drafted[:, -width:]
+    sees = torch.cat([memory.sees(positions, num_slots), frontier.sees], dim=2)
     return {
         "attention_mask": additive_mask(sees, dtype),
-        "key_position_ids": positions,
-        "position_ids": positions[:, -width:],
+        "key_position_ids": torch.cat([memory.slot_positions(num_slots, device), drafted], dim=1),
+        "position_ids": positions,
     }
 
 

@@ -8,7 +8,9 @@ The sequences of a batch need not have equally many rows: padding has none. A se
 cache from the first one on, so slot and RoPE position are the same number; slots beyond hold what nobody sees. Pending
 rows end together instead, with the root, so that the last one is the one whose scores are wanted.
 
-A long prompt is read in chunks, so that what attention and MLP need at once does not grow with it.
+A long prompt is read in chunks, so that what attention and MLP need at once does not grow with it. With a window, rows
+that nobody will see any more leave the cache now and then. The rows behind the sink then move up, each sequence's by
+its own number, so that their positions are their slots plus the number of rows that left.
 
 Shapes: B batch, M pending rows, L slots of the cache, D hidden.
 """
@@ -19,10 +21,13 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from .caches import cache_bytes, keep_path, new_draft_cache
+from .caches import cache_bytes, drop_positions, keep_path, new_draft_cache
+from .draft_window import DraftWindow
 
 # Pending rows of a sequence that the draft reads at once.
 CHUNK_ROWS = 2048
+# With a window also the rows that are in the cache unseen before they leave it.
+WINDOW_CHUNK_ROWS = 256
 
 
 @dataclass
@@ -34,8 +39,9 @@ class DraftMemory:
         pending_states (`torch.Tensor` of shape `(B, M, D)`): The target's states, fused, not yet read by the draft.
         pending_tokens (`torch.LongTensor` of shape `(B, M)`): For each of them the token that follows.
         num_pending (`list[int]`): How many of a sequence's pending rows are its own; they are the last ones.
-        num_rows (`list[int]`): Rows of each sequence in the cache.
+        num_rows (`list[int]`): Rows of each sequence that the draft has read.
         cache (`Cache`): Latents of rows from true states of the target.
+        window ([`DraftWindow`], *optional*): What a row sees of its past; `None`: all.
     """
 
     pending_states: Tensor
@@ -43,9 +49,15 @@ class DraftMemory:
     num_pending: list[int]
     num_rows: list[int]
     cache: Cache = field(default_factory=new_draft_cache)
+    window: DraftWindow | None = None
+
+    def __post_init__(self):
+        self.num_dropped = [0] * len(self.num_rows)
 
     @classmethod
-    def of_prompt(cls, states: Tensor, input_ids: Tensor, mask: Tensor | None) -> "DraftMemory":
+    def of_prompt(
+        cls, states: Tensor, input_ids: Tensor, mask: Tensor | None, window: DraftWindow | None = None
+    ) -> "DraftMemory":
         """
         The prompt's rows, all pending, without those of its padding.
 
@@ -53,6 +65,7 @@ class DraftMemory:
             states (`torch.Tensor` of shape `(B, T, D)`): The target's, of the prompt, fused.
             input_ids (`torch.LongTensor` of shape `(B, T + 1)`): The prompt and the first new token.
             mask (`torch.Tensor` of shape `(B, T + 1)`, *optional*): 0 where a position is padding.
+            window ([`DraftWindow`], *optional*): What a row sees of its past; `None`: all.
         """
         batch_size, num_states = states.shape[:2]
         is_token = torch.ones_like(input_ids, dtype=torch.bool)
@@ -66,14 +79,18 @@ class DraftMemory:
             order = is_token[:, :-1].int().sort(dim=1, stable=True).indices.to(states.device)
             states = states.gather(1, order[..., None].expand_as(states))
         longest = max(num_tokens) - 1
-        return cls(
-            states[:, -longest:], input_ids[:, -longest:], [count - 1 for count in num_tokens], [0] * batch_size
-        )
+        num_pending = [count - 1 for count in num_tokens]
+        return cls(states[:, -longest:], input_ids[:, -longest:], num_pending, [0] * batch_size, window=window)
+
+    @property
+    def num_held(self) -> list[int]:
+        """Rows of each sequence in the cache."""
+        return [count - dropped for count, dropped in zip(self.num_rows, self.num_dropped, strict=True)]
 
     @property
     def has_even_rows(self) -> bool:
-        """Whether all sequences have equally many rows in the cache."""
-        return len(set(self.num_rows)) == 1
+        """Whether all sequences have equally many rows, and equally many of them in the cache."""
+        return len(set(self.num_rows)) == len(set(self.num_dropped)) == 1
 
     @property
     def is_even(self) -> bool:
@@ -116,16 +133,31 @@ class DraftMemory:
 
         **Effects**: the rows move to the cache.
         """
-        if not self.is_even and max(self.num_rows) == 0:
+        if not self.is_even and max(self.num_rows) == 0 and self.window is None:
             self._read_all_but_roots(draft, target)
+        most = CHUNK_ROWS if self.window is None else WINDOW_CHUNK_ROWS
         while (num_waiting := self.pending_tokens.shape[1]) > 0:
-            outputs = self._read_next(draft, target, min(num_waiting, CHUNK_ROWS))
+            outputs = self._read_next(draft, target, min(num_waiting, most))
         return outputs
 
-    def sees(self, num_slots: int, device: torch.device) -> Tensor:
-        """Which of the first slots hold rows of their sequence, bool `(B, num_slots)`."""
+    def shows_all(self, num_new: int) -> bool:
+        """Whether the row that is so many rows ahead of the cache sees its whole past."""
+        return self.window is None or not self.window.hides(max(self.num_rows) + num_new - 1)
+
+    def sees(self, positions: Tensor, num_slots: int) -> Tensor:
+        """Which of the first slots hold rows that new rows at `positions (B, Q)` see, bool `(B, Q, num_slots)`."""
+        device = positions.device
+        is_held = torch.arange(num_slots, device=device) < torch.tensor(self.num_held, device=device)[:, None]
+        is_seen = is_held[:, None].expand(-1, positions.shape[1], -1)
+        if self.window is None:
+            return is_seen
+        return is_seen & self.window.shows(positions, self.slot_positions(num_slots, device))
+
+    def slot_positions(self, num_slots: int, device: torch.device) -> Tensor:
+        """RoPE positions of what the first slots hold, `(B, num_slots)`."""
         slots = torch.arange(num_slots, device=device)
-        return slots < torch.tensor(self.num_rows, device=device)[:, None]
+        num_dropped = torch.tensor(self.num_dropped, device=device)[:, None]
+        return slots + num_dropped * (slots >= (self.window.sink if self.window else 0))
 
     def _read_all_but_roots(self, draft, target: PreTrainedModel) -> None:
         """
@@ -148,8 +180,10 @@ class DraftMemory:
         """Reads the first so many columns of the pending rows."""
         num_later = self.pending_tokens.shape[1] - num_columns
         num_new = [max(0, count - num_later) for count in self.num_pending]
+        self._drop_unseen(num_columns)
         is_even = self.has_even_rows and len(set(num_new)) == 1
-        inputs = {} if is_even else self._uneven_inputs(num_columns, num_new)
+        is_plain = is_even and self.shows_all(num_columns)
+        inputs = {} if is_plain else self._inputs(num_columns, num_new)
         states, tokens = self.pending_states[:, :num_columns], self.pending_tokens[:, :num_columns]
         outputs = self._read(draft, target, states, tokens, **inputs)
         if not is_even:
@@ -164,20 +198,31 @@ class DraftMemory:
         embeds = draft.embed(tokens, target)
         return draft(inputs_embeds=embeds, fused_states=states, past_key_values=self.cache, logits_to_keep=1, **inputs)
 
-    def _uneven_inputs(self, num_columns: int, num_new: list[int]) -> dict[str, Tensor]:
+    def _drop_unseen(self, num_columns: int) -> None:
+        """Makes room for so many rows, as soon as they would be more than a chunk beyond what a row sees."""
+        num_slots = self.cache.get_seq_length()
+        if self.window is None or num_slots + num_columns <= self.window.sink + self.window.size + WINDOW_CHUNK_ROWS:
+            return
+        before, self.num_dropped = self.num_dropped, [self.window.num_unseen(count) for count in self.num_rows]
+        counts = [now - then for now, then in zip(self.num_dropped, before, strict=True)]
+        drop_positions(self.cache, self.window.sink, counts, max(self.num_held))
+
+    def _inputs(self, num_columns: int, num_new: list[int]) -> dict[str, Tensor]:
         """Mask and positions of the next columns; what stands before a sequence's own is seen by itself alone."""
         device, dtype = self.pending_states.device, self.pending_states.dtype
         new = torch.arange(num_columns, device=device)
         first = num_columns - torch.tensor(num_new, device=device)[:, None]  # (B, 1)
         positions = (torch.tensor(self.num_rows, device=device)[:, None] + new - first).clamp(min=0)  # (B, M)
-        among_new = (new <= new[:, None]) & (new >= first[..., None]) | torch.eye(num_columns, device=device).bool()
-        past = self.sees(self.cache.get_seq_length(), device)
-        sees = torch.cat([past[:, None].expand(-1, num_columns, -1), among_new], dim=2)  # (B, M, L + M)
-        slots = torch.arange(past.shape[1], device=device).expand_as(past)
+        among_new = (new <= new[:, None]) & (new >= first[..., None])  # (B, M, M)
+        if self.window is not None:
+            among_new = among_new & self.window.shows(positions, positions)
+        among_new = among_new | torch.eye(num_columns, dtype=torch.bool, device=device)
+        num_slots = self.cache.get_seq_length()
+        sees = torch.cat([self.sees(positions, num_slots), among_new], dim=2)  # (B, M, L + M)
         return {
             "attention_mask": additive_mask(sees, dtype),
             "position_ids": positions,
-            "key_position_ids": torch.cat([slots, positions], dim=1),
+            "key_position_ids": torch.cat([self.slot_positions(num_slots, device), positions], dim=1),
         }
 
     def _move_to_their_slots(self, num_columns: int, num_new: list[int]) -> None:
@@ -185,7 +230,7 @@ class DraftMemory:
         device = self.pending_states.device
         first = num_columns - torch.tensor(num_new, device=device)[:, None]
         rows = (first + torch.arange(max(num_new), device=device)).clamp(max=num_columns - 1)
-        keep_path(self.cache, num_columns, rows, self.num_rows, num_new)
+        keep_path(self.cache, num_columns, rows, self.num_held, num_new)
 
 
 def additive_mask(sees: Tensor, dtype: torch.dtype) -> Tensor:

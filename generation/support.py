@@ -11,6 +11,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import logits_process, stopping_criteria
 
 from .branching import can_branch
+from .draft_window import DEFAULT_SINK, DraftWindow
 from .sampling import STATELESS_WARPERS, is_stateless
 from .transcript import Transcript
 
@@ -92,6 +93,7 @@ def check_call(
     draft.check_target(target)
     tree_plan(draft)
     schedule(draft)
+    draft_window(draft)
     _check_cache(generation_config, model_kwargs)
     if model_kwargs.get("inputs_embeds") is not None:
         raise NotImplementedError("`inputs_embeds` must be None: an EAGLE-3 draft needs the prompt's `input_ids`.")
@@ -184,7 +186,19 @@ def schedule(draft) -> str:
     return value or SCHEDULES[0]
 
 
-def _integer_setting(draft, name: str, least: int, default: int) -> int:
+def draft_window(draft) -> DraftWindow | None:
+    """
+    What a row of the draft sees of its past, from `draft_window` (absent: all) and `draft_window_sink` (absent: 4).
+
+    Raises:
+        ValueError: If one of them is out of its bounds.
+    """
+    size = _integer_setting(draft, "draft_window", 1, None)
+    sink = _integer_setting(draft, "draft_window_sink", 0, DEFAULT_SINK)
+    return None if size is None else DraftWindow(size, sink)
+
+
+def _integer_setting(draft, name: str, least: int, default: int | None) -> int | None:
     """`draft.generation_config.{name}`, or the default where it is absent."""
     value = getattr(draft.generation_config, name, None)
     if value is None:
