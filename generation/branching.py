@@ -22,8 +22,9 @@ from .tree import DraftTree
 logger = logging.getLogger(__name__)
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Of the difference that a causal mask would make: rounding is far below, a mask that is not obeyed far above.
-TOLERATED_SHARE = 0.1
+# Of the difference that a causal mask would make: rounding is far below, a mask that is not obeyed above.
+TOLERATED_SHARE = {torch.float64: 1e-3, torch.float32: 1e-3}
+TOLERATED_SHARE_IN_HALF_PRECISION = 0.1
 _known_targets: WeakKeyDictionary[PreTrainedModel, dict] = WeakKeyDictionary()
 
 
@@ -145,7 +146,8 @@ def _why_not(target: PreTrainedModel) -> str | None:
         return f"{type(error).__name__}: {error}"
     expected = torch.stack([*paths[0][:2], paths[1][1], paths[0][2]])
     error, mistake = (expected - branched).abs().max(), (expected - causal).abs().max()
-    return None if error <= TOLERATED_SHARE * mistake else "it does not obey the mask of a tree"
+    tolerated = TOLERATED_SHARE.get(target.dtype, TOLERATED_SHARE_IN_HALF_PRECISION)
+    return None if error <= tolerated * mistake else "it does not obey the mask of a tree"
 
 
 def _read(target: PreTrainedModel, prompt: Tensor, token_ids: Tensor, tree: DraftTree | None) -> Tensor:

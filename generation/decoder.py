@@ -25,6 +25,7 @@ from .drafting import draft_tree
 from .memory import DraftMemory
 from .metrics import SpeculationStats
 from .ragged import RaggedTexts
+from .rope_limit import check_rope
 from .sizing import sizes_for
 from .support import TreePlan, check_call, draft_window, may_differ_in_length, pad_token, tree_plan
 from .timing import CallTimes
@@ -73,6 +74,8 @@ def generate(
     **Effects**: `draft.speculation_stats` is replaced. The random generator ends where plain sampling leaves it.
     """
     check_call(target, draft, generation_config, synced_gpus, model_kwargs)
+    mask, max_length = model_kwargs.get("attention_mask"), stopping_criteria.max_length
+    check_rope(target, input_ids, mask, max_length, tree_plan(draft).num_nodes)
     wants_output = generation_config.return_dict_in_generate
     transcript = Transcript(
         input_ids,

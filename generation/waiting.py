@@ -30,7 +30,8 @@ class Waiting:
 
     def at(self, place: int) -> Tensor | None:
         """`(B, V)`, so many places behind the frontier's next token; `None` where nobody wants it."""
-        return self.records[:, place] if self.is_wanted else None
+        # A copy: a view would keep the records of the whole round.
+        return self.records[:, place].clone() if self.is_wanted else None
 
     def forget(self, num_committed: int, num_waiting: int) -> None:
         """Drops what the frontier has passed, and what lies beyond the sequence that is furthest."""
