@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from ..generation.caches import cache_bytes
 from .prompts import Prompt
 
 WARM_UP_TOKENS = 8
@@ -296,7 +295,7 @@ def cache_bytes_per_token(draft: PreTrainedModel) -> float:
         position_ids=torch.arange(CACHE_PROBE_TOKENS, device=draft.device)[None],
         past_key_values=cache,
     )
-    return cache_bytes(cache) / CACHE_PROBE_TOKENS
+    return sum(states.nbytes for layer in cache.layers for states in (layer.keys, layer.values)) / CACHE_PROBE_TOKENS
 
 
 def standard_head_like(draft: PreTrainedModel) -> PreTrainedModel:
