@@ -114,18 +114,23 @@ def keep_path(
     if lengths is None:
         lengths, num_kept = [num_before] * len(path), [path.shape[1]] * len(path)
     longest = max(length + kept for length, kept in zip(lengths, num_kept, strict=True))
-    is_moved = not is_chain or min(lengths) < num_before
-    for layer in cache.layers if is_moved else ():
+    if not is_chain or min(lengths) < num_before:
+        starts = torch.tensor(lengths, device=path.device)[:, None]
+        move_path(cache, num_nodes, path, starts + torch.arange(path.shape[1], device=path.device))
+    forget_last(cache, num_before + num_nodes - longest)
+
+
+def move_path(cache: Cache, num_nodes: int, path: Tensor, places: Tensor) -> None:
+    """Copies what `path (B, P)` names of the newest `num_nodes` positions to the slots `places (B, P)`."""
+    for layer in cache.layers:
         if layer.is_initialized:
             # A sliding window holds the newest slots only.
             first = layer.get_seq_length() - layer.keys.shape[-2]
-            starts = torch.tensor(lengths, device=layer.keys.device) - first
-            slots = starts[:, None] + torch.arange(path.shape[1], device=starts.device)  # (B, P)
+            nodes, slots = (each.to(layer.keys.device)[:, None, :, None] for each in (path, places - first))
             for states in (layer.keys, layer.values):
                 newest = states[:, :, -num_nodes:]
-                chosen = path.to(states.device)[:, None, :, None].expand(*newest.shape[:2], -1, newest.shape[-1])
-                states.scatter_(2, slots[:, None, :, None].expand_as(chosen), newest.gather(2, chosen))
-    forget_last(cache, num_before + num_nodes - longest)
+                chosen = nodes.expand(*newest.shape[:2], -1, newest.shape[-1])
+                states.scatter_(2, slots.expand_as(chosen), newest.gather(2, chosen))
 
 
 def drop_positions(cache: Cache, first: int, counts: list[int], num_left: int) -> None:
