@@ -24,12 +24,12 @@ from unittest.mock import patch
 import torch
 from harness import write_table
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from trees import read_prompts
+from trees import Shape, read_prompts, set_shape
 
 from eagle3_mla.generation import decoder
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
 
-CHAIN, TREE = (7, 1, 7), (60, 10, 7)  # nodes, top-k, depth
+CHAIN, TREE = (7, 1, 7), (60, 10, 7)
 OURS, THEIRS, OUR_TREE = "ours, chain of 7", "transformers, the same chains", "ours, tree of 60"
 # The tokens that the head proposed in a round, by the length of the text that it continued.
 Script = dict[int, list[int]]
@@ -128,12 +128,6 @@ def generate(target, input_ids: torch.Tensor, max_new_tokens: int, assistant) ->
     return new_tokens, seconds
 
 
-def set_shape(draft: Eagle3MLADraftModel, shape: tuple[int, int, int]) -> None:
-    names = ("num_assistant_tokens", "assistant_tree_top_k", "assistant_tree_depth")
-    for name, value in zip(names, shape, strict=True):
-        setattr(draft.generation_config, name, value)
-
-
 def record_script(target, draft, input_ids: torch.Tensor, max_new_tokens: int) -> tuple[list[int], Script]:
     """The text, and what our chain proposed in each round."""
     proposals, draft_tree = [], decoder.draft_tree
@@ -159,7 +153,7 @@ class Case:
     input_ids: torch.Tensor
     max_new_tokens: int
 
-    def ours(self, shape: tuple[int, int, int]) -> tuple[list[int], Seconds]:
+    def ours(self, shape: Shape) -> tuple[list[int], Seconds]:
         set_shape(self.draft, shape)
         return generate(self.target, self.input_ids, self.max_new_tokens, self.draft)
 

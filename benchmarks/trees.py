@@ -73,6 +73,12 @@ def read_prompts(path: Path, tokenizer, num_samples: int) -> dict[str, list[torc
     return prompts
 
 
+def set_shape(draft, shape: Shape) -> None:
+    names = ("num_assistant_tokens", "assistant_tree_top_k", "assistant_tree_depth")
+    for name, value in zip(names, shape, strict=True):
+        setattr(draft.generation_config, name, value)
+
+
 def ignore_noise(*arguments):
     """`draft_tree` without the last of its arguments, the noise."""
     return draft_tree(*arguments[:-1], None)
@@ -142,9 +148,7 @@ class Benchmark:
 
     def row(self, mode: str, shape: Shape) -> list[str]:
         """Chains or trees of the draft's own."""
-        names = ("num_assistant_tokens", "assistant_tree_top_k", "assistant_tree_depth")
-        for name, value in zip(names, shape, strict=True):
-            setattr(self.draft.generation_config, name, value)
+        set_shape(self.draft, shape)
 
         def tally(source: str) -> Tally:
             found = Tally([], [], [])

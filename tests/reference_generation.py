@@ -1,5 +1,7 @@
 """Plain generation as the reference: tiny targets of many families, settings, and the comparison of two calls."""
 
+from dataclasses import dataclass
+
 import torch
 from transformers import (
     BloomConfig,
@@ -14,6 +16,7 @@ from transformers import (
     GPTNeoForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LogitsProcessor,
     MistralConfig,
     MistralForCausalLM,
     Qwen3Config,
@@ -92,6 +95,41 @@ def make_draft(target, **fields) -> Eagle3MLADraftModel:
     draft = Eagle3MLADraftModel(config).eval()
     draft.set_draft_vocabulary(torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 9, 10]))
     return draft
+
+
+def set_tree(draft, num_nodes: int, top_k: int, depth: int | None = None):
+    draft.generation_config.num_assistant_tokens = num_nodes
+    draft.generation_config.assistant_tree_top_k = top_k
+    draft.generation_config.assistant_tree_depth = depth
+    return draft
+
+
+class CountingProcessor(LogitsProcessor):
+    """Has a state: every third call forbids the best token of every sequence."""
+
+    def __init__(self):
+        self.num_calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.num_calls += 1
+        if self.num_calls % 3 == 0:
+            scores = scores.scatter(-1, scores.argmax(dim=-1, keepdim=True), -float("inf"))
+        return scores
+
+
+@dataclass
+class GivenNoise:
+    """Stands for `Noise`: hands out given draws `(T, B, V)` in order."""
+
+    draws: torch.Tensor
+    num_spent: int = 0
+
+    def peek(self, ahead: int) -> torch.Tensor:
+        return self.draws[min(self.num_spent + ahead, len(self.draws) - 1)]
+
+    def spend(self) -> torch.Tensor:
+        self.num_spent += 1
+        return self.draws[self.num_spent - 1]
 
 
 def make_prompt(num_tokens: int, num_padding: int = 0) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference_generation import TARGETS, VOCAB_SIZE, make_draft, make_prompt
+from reference_generation import TARGETS, VOCAB_SIZE, make_draft, make_prompt, set_tree
 from transformers import DynamicCache, LogitsProcessorList
 
 from eagle3_mla.generation import decoder
@@ -117,9 +117,7 @@ def test_replay_counts_what_the_decoder_counts(eagle2, llama, shape, do_sample, 
     for seed in range(4):
         torch.manual_seed(seed)
         draft, prompt = make_draft(llama).double(), make_prompt(6)
-        names = ("num_assistant_tokens", "assistant_tree_top_k", "assistant_tree_depth")
-        for name, value in zip(names, shape, strict=True):
-            setattr(draft.generation_config, name, value)
+        set_tree(draft, *shape)
         text = llama.generate(
             **prompt, max_new_tokens=30, do_sample=do_sample, eos_token_id=[1], assistant_model=draft
         )

@@ -8,6 +8,7 @@ from reference_generation import (
     MAX_NEW_TOKENS,
     SETTINGS,
     TARGETS,
+    CountingProcessor,
     assert_same_generation,
     make_draft,
     make_prompt,
@@ -111,19 +112,6 @@ class RandomProcessor(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         return scores + torch.rand_like(scores)
-
-
-class CountingProcessor(LogitsProcessor):
-    """Has a state: every third call forbids the best token."""
-
-    def __init__(self):
-        self.num_calls = 0
-
-    def __call__(self, input_ids, scores):
-        self.num_calls += 1
-        if self.num_calls % 3 == 0:
-            scores = scores.scatter(-1, scores.argmax(dim=-1, keepdim=True), -float("inf"))
-        return scores
 
 
 @pytest.mark.parametrize("make_processor", [RandomProcessor, CountingProcessor])

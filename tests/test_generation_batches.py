@@ -10,18 +10,19 @@ from reference_generation import (
     SETTINGS,
     TARGETS,
     VOCAB_SIZE,
+    CountingProcessor,
     assert_same_cache,
     assert_same_generation,
     make_draft,
     make_prompts,
     run,
+    set_tree,
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DynamicCache,
     GPT2Config,
     GPT2LMHeadModel,
-    LogitsProcessor,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
     StoppingCriteria,
@@ -41,10 +42,7 @@ CHAINS_ONLY = ["bloom", "gpt-neo-window-8"]
 
 
 def set_shape(draft, shape: str):
-    names = ("num_assistant_tokens", "assistant_tree_top_k", "assistant_tree_depth")
-    for name, value in zip(names, SHAPES[shape], strict=True):
-        setattr(draft.generation_config, name, value)
-    return draft
+    return set_tree(draft, *SHAPES[shape])
 
 
 @pytest.fixture
@@ -88,19 +86,6 @@ def test_sequences_may_end_at_very_different_times(llama, shape):
     for eos_token_id in [ends_first], [ends_late], [ends_first, ends_late]:
         draft = set_shape(make_draft(llama), shape)
         assert_same_generation(llama, draft, prompt, max_new_tokens=40, do_sample=True, eos_token_id=eos_token_id)
-
-
-class CountingProcessor(LogitsProcessor):
-    """Has a state: every third call forbids the best token of every sequence."""
-
-    def __init__(self):
-        self.num_calls = 0
-
-    def __call__(self, input_ids, scores):
-        self.num_calls += 1
-        if self.num_calls % 3 == 0:
-            scores = scores.scatter(-1, scores.argmax(dim=-1, keepdim=True), -float("inf"))
-        return scores
 
 
 class StopRowAtToken(StoppingCriteria):

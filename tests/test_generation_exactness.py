@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_generation import GivenNoise
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import MaxLengthCriteria
 
@@ -24,18 +25,6 @@ def target_logits(prefix: tuple[int, ...]) -> torch.Tensor:
     """The target: some distribution for every prefix, `(1, V)`."""
     generator = torch.Generator().manual_seed(hash(prefix) % 2**31)
     return 2 * torch.randn(1, VOCAB_SIZE, generator=generator)
-
-
-@dataclass
-class GivenNoise:
-    """Stands for `Noise`: hands out given draws in order."""
-
-    draws: torch.Tensor
-    num_spent: int = 0
-
-    def spend(self) -> torch.Tensor:
-        self.num_spent += 1
-        return self.draws[self.num_spent - 1 : self.num_spent]
 
 
 @dataclass
@@ -65,7 +54,7 @@ def new_transcript(noise: torch.Tensor | None) -> Transcript:
         LogitsProcessorList(),
         StoppingCriteriaList([MaxLengthCriteria(PROMPT.shape[1] + NUM_TOKENS)]),
         do_sample=noise is not None,
-        noise=GivenNoise(noise) if noise is not None else None,
+        noise=GivenNoise(noise[:, None]) if noise is not None else None,
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference_generation import GivenNoise
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -33,21 +34,6 @@ def target_logits(prefix: tuple[int, ...]) -> torch.Tensor:
     """The target: some distribution for every prefix, `(V,)`."""
     generator = torch.Generator().manual_seed(hash(prefix) % 2**31)
     return 2 * torch.randn(VOCAB_SIZE, generator=generator)
-
-
-@dataclass
-class GivenNoise:
-    """Stands for `Noise`: hands out given draws `(T, B, V)` in order."""
-
-    draws: torch.Tensor
-    num_spent: int = 0
-
-    def peek(self, ahead: int) -> torch.Tensor:
-        return self.draws[min(self.num_spent + ahead, len(self.draws) - 1)]
-
-    def spend(self) -> torch.Tensor:
-        self.num_spent += 1
-        return self.draws[self.num_spent - 1]
 
 
 @dataclass

@@ -5,7 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from reference_generation import MAX_NEW_TOKENS, SHAPE, TARGETS, assert_same_cache, make_draft, make_prompts, run
+from reference_generation import (
+    MAX_NEW_TOKENS,
+    SHAPE,
+    TARGETS,
+    assert_same_cache,
+    make_draft,
+    make_prompts,
+    run,
+    set_tree,
+)
 from transformers import DynamicCache, GptOssConfig, GptOssForCausalLM
 
 from eagle3_mla.generation import decoder, support
@@ -25,10 +34,7 @@ TRACES = {"output_hidden_states": True, "output_attentions": True}
 
 
 def set_shape(draft, shape: str):
-    names = ("num_assistant_tokens", "assistant_tree_top_k", "assistant_tree_depth")
-    for name, value in zip(names, SHAPES[shape], strict=True):
-        setattr(draft.generation_config, name, value)
-    return draft
+    return set_tree(draft, *SHAPES[shape])
 
 
 class KnowingTexts(TextsInStep):

@@ -6,7 +6,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference_generation import SETTINGS, TARGETS, VOCAB_SIZE, assert_same_generation, make_draft, make_prompt
+from reference_generation import (
+    SETTINGS,
+    TARGETS,
+    VOCAB_SIZE,
+    assert_same_generation,
+    make_draft,
+    make_prompt,
+    set_tree,
+)
 from transformers import DynamicCache, LogitsProcessorList
 
 from eagle3_mla.generation.branching import branching_inputs, can_branch
@@ -23,13 +31,6 @@ CHAINS_ONLY = ["bloom", "gpt-neo-window-8"]
 BRANCHING = [name for name in TARGETS if name not in CHAINS_ONLY]
 # A root with three children, of which two go on.
 TREE = DraftTree(torch.tensor([[3, 4, 5, 6, 7, 8, 9]]), torch.tensor([[0, 0, 0, 0, 1, 2, 4]]))
-
-
-def set_tree(draft, num_nodes: int, top_k: int, depth: int | None = None):
-    draft.generation_config.num_assistant_tokens = num_nodes
-    draft.generation_config.assistant_tree_top_k = top_k
-    draft.generation_config.assistant_tree_depth = depth
-    return draft
 
 
 def path_to(tree: DraftTree, node: int, row: int = 0) -> list[int]:
