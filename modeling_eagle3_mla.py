@@ -45,6 +45,9 @@ from .configuration_eagle3_mla import Eagle3MLAConfig
 
 logger = logging.get_logger(__name__)
 
+# Up to so many, a mask is repeated for the query heads of a group: it stays small beside keys and values.
+MOST_FOLDED_QUERIES = 128
+
 CosSin = tuple[Tensor, Tensor]
 Rotate = Callable[[Tensor, CosSin], Tensor]
 
@@ -116,9 +119,16 @@ def sdpa_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Non
     is_causal = mask is None and num_queries == num_keys and num_queries > 1
     if mask is None and not is_causal and num_queries > 1:
         mask = causal_mask(query, key)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=True
-    )
+    if mask is None or num_queries > MOST_FOLDED_QUERIES:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=True
+        )
+    # No fused kernel takes grouped heads and a mask; the query heads of a group are more queries of one key head.
+    num_groups = query.shape[1] // key.shape[1]
+    query = query.unflatten(1, (key.shape[1], num_groups)).flatten(2, 3)  # (B, G, H / G * Q, E)
+    mask = mask.repeat(1, 1, num_groups, 1)
+    heads = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scaling)
+    return heads.unflatten(2, (num_groups, num_queries)).flatten(1, 2)
 
 
 def flex_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -718,8 +728,8 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
             past_key_values (`Cache`, *optional*):
                 Latents of earlier rows; extended in place.
             key_position_ids (`torch.LongTensor` of shape `(B, K)`, *optional*):
-                RoPE positions of cached and new rows, ending with `position_ids`. Defaults to cached rows that
-                directly precede the first new one.
+                RoPE positions of what the cache returns for the new rows, all cached ones and these. Defaults to cached
+                rows that directly precede the first new one.
             logits_to_keep (`int`, *optional*, defaults to 0):
                 Return only the last so many rows; 0 returns all.
 
@@ -744,7 +754,7 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
             preceding = torch.arange(-past_length, 0, device=states.device)
             key_position_ids = torch.cat([position_ids[:, :1] + preceding, position_ids], dim=1)  # (B, K)
         key_cos_sin = self.rotary_emb(key_position_ids, states.dtype)
-        cos_sin = tuple(part[:, past_length:] for part in key_cos_sin)
+        cos_sin = self.rotary_emb(position_ids, states.dtype)
         for layer in self.layers:
             states = layer(
                 inputs_embeds,

@@ -26,7 +26,8 @@ from .memory import DraftMemory
 from .metrics import SpeculationStats
 from .ragged import RaggedTexts
 from .rope_limit import check_rope
-from .sizing import sizes_for
+from .runtime import decode_at_fixed_shapes, takes_fixed_shapes
+from .sizing import ConstantSize, TreeSizer, sizes_for
 from .support import TreePlan, check_call, draft_window, may_differ_in_length, pad_token, tree_plan
 from .timing import CallTimes
 from .traces import Traces
@@ -135,11 +136,45 @@ def decode(
     memory = DraftMemory.of_prompt(captured.take(), transcript.input_ids, mask, draft_window(draft))
     stats.target_calls, stats.new_tokens = 1, len(transcript.input_ids)
     transcript.flush()
-    stats.times.begin_rounds(target, draft)
+    stats.times.begin_rounds()
 
     may_differ = may_differ_in_length(target, transcript, traces.are_wanted)
     texts = RaggedTexts(transcript) if may_differ else TextsInStep(transcript)
-    sizes = sizes_for(draft, target, largest_plan(draft, target), len(transcript.input_ids))
+    plan = largest_plan(draft, target)
+    is_finished = takes_fixed_shapes(
+        target, draft, plan, transcript, traces, cache, model_kwargs
+    ) and decode_at_fixed_shapes(target, draft, transcript, texts, stats, plan, cache, memory, model_kwargs)
+    if not is_finished:
+        stats.times.time_forwards(target, draft)
+        sizes = sizes_for(draft, target, plan, len(transcript.input_ids))
+        decode_round_by_round(
+            target, draft, transcript, texts, traces, stats, sizes, cache, memory, captured, model_kwargs
+        )
+    stats.new_tokens -= texts.num_discarded
+    return cache
+
+
+def decode_round_by_round(
+    target: PreTrainedModel,
+    draft,
+    transcript: Transcript,
+    texts: RaggedTexts | TextsInStep,
+    traces: Traces,
+    stats: SpeculationStats,
+    sizes: TreeSizer | ConstantSize,
+    cache: Cache,
+    memory: DraftMemory,
+    captured,
+    model_kwargs: dict,
+) -> None:
+    """
+    All rounds of one call, each with tensors of its own size.
+
+    Args:
+        captured ([`FusedStates`]): A context in which the target's forwards leave the states that the draft reads.
+
+    **Effects**: fills `transcript`, `traces` and `stats`; moves `cache` and `memory` on.
+    """
     max_length = transcript.stopping_criteria.max_length
     with uneven_windows(cache) if texts.lengths else nullcontext():
         while not transcript.is_finished:
@@ -161,8 +196,6 @@ def decode(
             stats.draft_cache_bytes, stats.draft_cache_tokens = memory.num_bytes, memory.cache.get_seq_length()
             sizes.end_round(plan, verdict.walks)
             transcript.flush()
-    stats.new_tokens -= texts.num_discarded
-    return cache
 
 
 def largest_plan(draft, target: PreTrainedModel) -> TreePlan:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from .caches import forget_last
-from .memory import DraftMemory, additive_mask
+from .memory import DraftMemory
 from .sampling import Noise, RowNoise, stateless_warpers
 from .support import TreePlan
 from .tree import DraftTree, build_chain, build_tree
@@ -56,7 +55,7 @@ def draft_tree(
     Args:
         draft ([`Eagle3MLADraftModel`]): The head.
         target (`PreTrainedModel`): For its embeddings.
-        memory ([`DraftMemory`]): Its last pending token is the root.
+        memory ([`DraftMemory`]): Its newest pending token is the root.
         plan ([`TreePlan`]): Size of the tree; with a depth of 0 the draft is not called.
         logits_processor (`LogitsProcessorList`): The target's; its stateless warpers shape the draft's scores too.
         noise ([`Noise`], *optional*): What the coming tokens will be drawn with; `None` means greedy.
@@ -66,12 +65,11 @@ def draft_tree(
 
     **Effects**: the pending rows move to `memory.cache`, which holds no guesses afterwards.
     """
-    root = memory.pending_tokens[:, -1:]
     if plan.depth == 0:
-        return build_chain(root)
+        return build_chain(memory.roots)
     warpers = stateless_warpers(logits_processor)
-    outputs = memory.read(draft, target)
-    num_slots, device, batch_size = memory.cache.get_seq_length(), outputs.logits.device, len(root)
+    root, outputs = memory.roots, memory.read(draft, target)
+    device, batch_size = outputs.logits.device, len(root)
     frontier = Frontier(
         candidates=torch.full((batch_size, 1), -1, device=device),
         scores=torch.zeros(batch_size, 1, device=device),
@@ -97,35 +95,14 @@ def draft_tree(
             inputs_embeds=draft.embed(token_ids[-1].gather(1, chosen), target),
             fused_states=outputs.states.gather(1, rows.expand(-1, -1, outputs.states.shape[-1])),
             past_key_values=memory.cache,
-            **tree_inputs(memory, frontier, num_slots, outputs.states.dtype),
+            **memory.frontier_inputs(frontier.sees),
         )
-    forget_last(memory.cache, memory.cache.get_seq_length() - num_slots)
+    memory.forget_guesses()
     proposals = torch.cat(token_ids, dim=1).to(root.device)
     if plan.top_k == 1:
         return build_chain(torch.cat([root, proposals], dim=1))
     parents, scores = torch.cat(parents, dim=1).to(root.device), torch.cat(scores, dim=1).to(root.device)
     return build_tree(root, proposals, parents, scores, plan.num_nodes, max_depth=len(token_ids))
-
-
-def tree_inputs(memory: DraftMemory, frontier: Frontier, num_slots: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """
-    The draft's mask and positions for the rows of a frontier.
-
-    Chains after equally many rows need neither, as long as they see all of these.
-    """
-    _, width, num_drafted = frontier.sees.shape
-    if width == 1 and memory.has_even_rows and memory.shows_all(num_drafted):
-        return {}
-    device = frontier.sees.device
-    depths = torch.arange(num_drafted // width, device=device).repeat_interleave(width)
-    drafted = torch.tensor(memory.num_rows, device=device)[:, None] + depths  # (B, rows)
-    positions = drafted[:, -width:]
-    sees = torch.cat([memory.sees(positions, num_slots), frontier.sees], dim=2)
-    return {
-        "attention_mask": additive_mask(sees, dtype),
-        "key_position_ids": torch.cat([memory.slot_positions(num_slots, device), drafted], dim=1),
-        "position_ids": positions,
-    }
 
 
 def expected_log_probs(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from .caches import cache_bytes, drop_positions, keep_path, new_draft_cache
+from .caches import cache_bytes, drop_positions, forget_last, keep_path, new_draft_cache
 from .draft_window import DraftWindow
 
 # Pending rows of a sequence that the draft reads at once.
@@ -83,6 +83,11 @@ class DraftMemory:
         return cls(states[:, -longest:], input_ids[:, -longest:], num_pending, [0] * batch_size, window=window)
 
     @property
+    def roots(self) -> Tensor:
+        """The newest token of each sequence, `(B, 1)`."""
+        return self.pending_tokens[:, -1:]
+
+    @property
     def num_held(self) -> list[int]:
         """Rows of each sequence in the cache."""
         return [count - dropped for count, dropped in zip(self.num_rows, self.num_dropped, strict=True)]
@@ -133,12 +138,42 @@ class DraftMemory:
 
         **Effects**: the rows move to the cache.
         """
-        if not self.is_even and max(self.num_rows) == 0 and self.window is None:
-            self._read_all_but_roots(draft, target)
-        most = CHUNK_ROWS if self.window is None else WINDOW_CHUNK_ROWS
-        while (num_waiting := self.pending_tokens.shape[1]) > 0:
-            outputs = self._read_next(draft, target, min(num_waiting, most))
-        return outputs
+        return self._read_all_but(0, draft, target)
+
+    def read_prompt(self, draft, target: PreTrainedModel) -> None:
+        """
+        Lets the draft read what is pending, the roots aside.
+
+        **Effects**: the rows move to the cache.
+        """
+        self._read_all_but(1, draft, target)
+
+    def frontier_inputs(self, sees: Tensor) -> dict[str, Tensor]:
+        """
+        The draft's mask and positions for the nodes of one depth, which are appended to those of the depths before.
+
+        Chains after equally many rows need neither, as long as they see all of these.
+
+        Args:
+            sees (`torch.BoolTensor` of shape `(B, W, rows)`): Which of the rows drafted in this round each attends to.
+        """
+        _, width, num_drafted = sees.shape
+        if width == 1 and self.has_even_rows and self.shows_all(num_drafted):
+            return {}
+        device, num_slots = sees.device, self.cache.get_seq_length() - (num_drafted - width)
+        depths = torch.arange(num_drafted // width, device=device).repeat_interleave(width)
+        drafted = torch.tensor(self.num_rows, device=device)[:, None] + depths  # (B, rows)
+        positions = drafted[:, -width:]
+        sees = torch.cat([self.sees(positions, num_slots), sees], dim=2)
+        return {
+            "attention_mask": additive_mask(sees, self.pending_states.dtype),
+            "key_position_ids": torch.cat([self.slot_positions(num_slots, device), drafted], dim=1),
+            "position_ids": positions,
+        }
+
+    def forget_guesses(self) -> None:
+        """Drops the rows of the nodes, which were made from the draft's own states."""
+        forget_last(self.cache, self.cache.get_seq_length() - max(self.num_held))
 
     def shows_all(self, num_new: int) -> bool:
         """Whether the row that is so many rows ahead of the cache sees its whole past."""
@@ -158,6 +193,15 @@ class DraftMemory:
         slots = torch.arange(num_slots, device=device)
         num_dropped = torch.tensor(self.num_dropped, device=device)[:, None]
         return slots + num_dropped * (slots >= (self.window.sink if self.window else 0))
+
+    def _read_all_but(self, num_left: int, draft, target: PreTrainedModel):
+        """Reads the pending rows, chunk by chunk, until so many columns are left; the output of the last chunk."""
+        if not self.is_even and max(self.num_rows) == 0 and self.window is None:
+            self._read_all_but_roots(draft, target)
+        most, outputs = CHUNK_ROWS if self.window is None else WINDOW_CHUNK_ROWS, None
+        while (num_waiting := self.pending_tokens.shape[1] - num_left) > 0:
+            outputs = self._read_next(draft, target, min(num_waiting, most))
+        return outputs
 
     def _read_all_but_roots(self, draft, target: PreTrainedModel) -> None:
         """

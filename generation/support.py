@@ -94,6 +94,7 @@ def check_call(
     tree_plan(draft)
     schedule(draft)
     draft_window(draft)
+    fixed_shapes(draft)
     _check_cache(generation_config, model_kwargs)
     if model_kwargs.get("inputs_embeds") is not None:
         raise NotImplementedError("`inputs_embeds` must be None: an EAGLE-3 draft needs the prompt's `input_ids`.")
@@ -196,6 +197,19 @@ def draft_window(draft) -> DraftWindow | None:
     size = _integer_setting(draft, "draft_window", 1, None)
     sink = _integer_setting(draft, "draft_window_sink", 0, DEFAULT_SINK)
     return None if size is None else DraftWindow(size, sink)
+
+
+def fixed_shapes(draft) -> bool | None:
+    """
+    Whether rounds have fixed shapes, from `draft.generation_config.fixed_shapes`; absent: on CUDA, where possible.
+
+    Raises:
+        ValueError: If it is neither None nor a boolean.
+    """
+    value = getattr(draft.generation_config, "fixed_shapes", None)
+    if value is not None and not isinstance(value, bool):
+        raise ValueError(f"`draft.generation_config.fixed_shapes` must be None, True or False, got {value!r}.")
+    return value
 
 
 def _integer_setting(draft, name: str, least: int, default: int | None) -> int | None:

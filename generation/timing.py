@@ -70,27 +70,35 @@ class CallTimes:
         self.prefill, self.target = Stopwatch(target_device), Stopwatch(target_device)
         self.draft = Stopwatch(draft_device)
         self.rounds_began = self.rounds_ended = 0.0
+        self.is_running = False
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []
 
-    def begin_rounds(self, target: nn.Module, draft: nn.Module) -> None:
+    def begin_rounds(self) -> None:
+        """The rounds begin now."""
+        self.is_running, self.rounds_began = True, time.perf_counter()
+
+    def time_forwards(self, target: nn.Module, draft: nn.Module) -> None:
         """Times the forwards of both models by this thread, until `end`."""
         self.hooks = [*time_forwards(target, self.target), *time_forwards(draft, self.draft)]
-        self.rounds_began = time.perf_counter()
 
     def end(self) -> None:
         """The call is over, with or without an exception."""
-        if self.hooks:
-            self.rounds_ended = time.perf_counter()
+        if self.is_running:
+            self.is_running, self.rounds_ended = False, time.perf_counter()
         while self.hooks:
             self.hooks.pop().remove()
 
     @property
     def round_seconds(self) -> float:
         """Seconds of all rounds, of those so far while the call goes on."""
-        return (time.perf_counter() if self.hooks else self.rounds_ended) - self.rounds_began
+        return (time.perf_counter() if self.is_running else self.rounds_ended) - self.rounds_began
 
     def __getstate__(self) -> dict:
-        return vars(self) | {"rounds_ended": self.rounds_began + self.round_seconds, "hooks": []}
+        return vars(self) | {
+            "rounds_ended": self.rounds_began + self.round_seconds,
+            "is_running": False,
+            "hooks": [],
+        }
 
     def __repr__(self) -> str:
         seconds = {"prefill": self.prefill, "draft": self.draft, "target": self.target}

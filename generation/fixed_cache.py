@@ -1,0 +1,126 @@
+"""A key-value cache of a fixed capacity, for forwards that have the same shapes in every round.
+
+Every sequence writes at slots of its own, which are read off the device, so a captured CUDA graph can be replayed
+however far the texts have come. The layers of one shape lie in one tensor, so that an accepted path is moved in all of
+them at once.
+
+Shapes: L layers, B batch, G key-value heads, K slots, N new positions, P positions of a path.
+"""
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+
+class FixedLayer(CacheLayerMixin):
+    """
+    One layer: new positions go where `write_at` of its cache said; all slots are returned, written or not.
+
+    Args:
+        keys, values (`torch.Tensor` of shape `(B, G, K, width)`): The buffers.
+    """
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        super().__init__()
+        self.keys, self.values, self.is_initialized = keys, values, True
+        self.places: tuple[Tensor, Tensor] | None = None
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """The buffers are there from the start."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Writes `(B, G, N, width)` at the slots and returns the buffers."""
+        self.keys.transpose(1, 2).index_put_(self.places, key_states.transpose(1, 2))
+        self.values.transpose(1, 2).index_put_(self.places, value_states.transpose(1, 2))
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.keys.shape[2], 0
+
+    def get_seq_length(self) -> int:
+        """0: how many slots are in use differs between sequences, and only the device knows."""
+        return 0
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[2]
+
+    def get_max_cache_shape(self) -> int:
+        return self.keys.shape[2]
+
+
+class FixedCache(Cache):
+    """
+    A cache for as many layers as `like` has.
+
+    Args:
+        like (`Cache`): An initialised cache, which says how many heads of which width each layer has.
+        capacity (`int`): Slots of each sequence.
+    """
+
+    def __init__(self, like: Cache, capacity: int):
+        self.capacity = capacity
+        shapes = [(buffer_shape(layer.keys), buffer_shape(layer.values)) for layer in like.layers]
+        flat = [shape for pair in shapes for shape in pair]
+        sample = like.layers[0].keys
+        self.stacks = {
+            shape: sample.new_zeros(flat.count(shape), len(sample), shape[0], capacity, shape[1], dtype=shape[2])
+            for shape in dict.fromkeys(flat)
+        }
+        unused = {shape: iter(stack) for shape, stack in self.stacks.items()}
+        super().__init__(layers=[FixedLayer(next(unused[keys]), next(unused[values])) for keys, values in shapes])
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that are allocated."""
+        return sum(stack.numel() * stack.element_size() for stack in self.stacks.values())
+
+    def load(self, cache: Cache) -> None:
+        """
+        Takes over what `cache` holds, slot by slot; of a sliding window that are the newest slots.
+
+        **Effects**: `cache` forgets it, layer by layer, so that nothing is in memory twice.
+        """
+        for layer, source in zip(self.layers, cache.layers, strict=True):
+            end = source.get_seq_length()
+            first = end - source.keys.shape[2]
+            layer.keys[:, :, first:end], layer.values[:, :, first:end] = source.keys, source.values
+            source.keys, source.values = source.keys[:, :, :0].clone(), source.values[:, :, :0].clone()
+
+    def take_over(self, smaller: "FixedCache") -> None:
+        """Copies all slots of a cache of a smaller capacity."""
+        for stack, source in zip(self.stacks.values(), smaller.stacks.values(), strict=True):
+            stack[:, :, :, : smaller.capacity] = source
+
+    def give_back(self, cache: Cache, num_tokens: int) -> None:
+        """
+        Fills `cache`, from which `load` took, with the first `num_tokens` slots: what plain generation leaves there.
+
+        **Effects**: overwrites the layers of `cache`.
+        """
+        for layer, source in zip(self.layers, cache.layers, strict=True):
+            first = max(0, num_tokens - source.sliding_window + 1) if source.is_sliding else 0
+            source.keys = layer.keys[:, :, first:num_tokens].clone()
+            source.values = layer.values[:, :, first:num_tokens].clone()
+            if source.is_sliding:
+                source.cumulative_length = num_tokens
+
+    def write_at(self, slots: Tensor) -> None:
+        """The slots `(B, N)` of what the next forward appends."""
+        rows = torch.arange(len(slots), device=slots.device)[:, None].expand_as(slots)
+        for layer in self.layers:
+            layer.places = rows, slots
+
+    def move(self, sources: Tensor, slots: Tensor) -> None:
+        """Copies what stands at the slots `sources (B, P)` to `slots (B, P)`, in all layers at once."""
+        rows = torch.arange(len(slots), device=slots.device)[:, None]
+        for stack in self.stacks.values():
+            stack = stack.transpose(0, 1).transpose(2, 3).transpose(1, 2)  # (B, K, L, G, width)
+            stack.index_put_((rows.expand_as(slots), slots), stack[rows, sources])
+
+
+def buffer_shape(states: Tensor) -> tuple[int, int, torch.dtype]:
+    """What two layers must have in common to lie in one tensor, of states `(B, G, T, width)`."""
+    return states.shape[1], states.shape[3], states.dtype

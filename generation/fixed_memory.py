@@ -1,0 +1,148 @@
+"""What the draft knows of the text, as in `memory.py`, but in buffers of fixed shapes.
+
+How many rows a sequence has, and how many are pending, only the device knows. Pending rows begin together; behind a
+sequence's own stand others that mean nothing, and whatever they leave in the cache is overwritten or never seen. A row
+stands in the slot of its RoPE position.
+
+Shapes: B batch, M pending rows, W nodes of one depth, K slots, D hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .fixed_cache import FixedCache
+from .memory import DraftMemory, additive_mask
+
+
+@dataclass(frozen=True)
+class RootRows:
+    """
+    The draft's output for the roots.
+
+    Args:
+        logits (`torch.Tensor` of shape `(B, 1, Vd)`): Scores of what follows.
+        states (`torch.Tensor` of shape `(B, 1, D)`): The states to feed back.
+    """
+
+    logits: Tensor
+    states: Tensor
+
+
+class FixedMemory:
+    """
+    The draft's rows of a batch.
+
+    Args:
+        like ([`DraftMemory`]): One that has read a prompt.
+        capacity (`int`): Rows of a sequence, guesses included.
+        num_pending (`int`): Rows that a round can accept.
+    """
+
+    def __init__(self, like: DraftMemory, capacity: int, num_pending: int):
+        batch_size, _, width = like.pending_states.shape
+        self.cache = FixedCache(like.cache, capacity)
+        self.num_rows = like.pending_tokens.new_zeros(batch_size)
+        self.num_pending = torch.ones_like(self.num_rows)
+        self.pending_tokens = like.pending_tokens.new_zeros(batch_size, num_pending)
+        self.pending_states = like.pending_states.new_zeros(batch_size, num_pending, width)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that the cache has allocated."""
+        return self.cache.num_bytes
+
+    @property
+    def roots(self) -> Tensor:
+        """The newest token of each sequence, `(B, 1)`."""
+        return self.pending_tokens.gather(1, self._newest())
+
+    def load(self, memory: DraftMemory) -> None:
+        """
+        Takes over what `memory` holds; its roots are pending.
+
+        **Effects**: `memory` forgets it.
+        """
+        self.cache.load(memory.cache)
+        self.num_rows.copy_(torch.tensor(memory.num_rows))
+        self.num_pending.fill_(1)
+        self.pending_tokens[:, :1], self.pending_states[:, :1] = memory.pending_tokens, memory.pending_states
+
+    def take_over(self, smaller: "FixedMemory") -> None:
+        """Goes on where one of a smaller capacity has come to."""
+        for name in ("num_rows", "num_pending", "pending_tokens", "pending_states"):
+            getattr(self, name).copy_(getattr(smaller, name))
+        self.cache.take_over(smaller.cache)
+
+    def await_rows(self, states: Tensor, tokens: Tensor, num_new: Tensor) -> None:
+        """
+        Makes accepted rows the pending ones.
+
+        Args:
+            states (`torch.Tensor` of shape `(B, M, D)`): The target's, fused.
+            tokens (`torch.LongTensor` of shape `(B, M)`): For each of them the token that follows.
+            num_new (`torch.LongTensor` of shape `(B,)`): How many of a sequence's rows are meant, at least one.
+        """
+        self.pending_states.copy_(states)
+        self.pending_tokens.copy_(tokens)
+        self.num_pending.copy_(num_new)
+
+    def read(self, draft, target: PreTrainedModel) -> RootRows:
+        """
+        Lets the draft read the pending rows.
+
+        **Effects**: the rows move to the cache.
+        """
+        roots = self._newest()
+        positions = self.num_rows[:, None] + torch.arange(self.pending_tokens.shape[1], device=roots.device)
+        self.cache.write_at(positions)
+        outputs = draft(
+            inputs_embeds=draft.embed(self.pending_tokens, target),
+            fused_states=self.pending_states,
+            past_key_values=self.cache,
+            attention_mask=additive_mask(self.slots() <= positions[..., None], self.pending_states.dtype),
+            position_ids=positions,
+            key_position_ids=self.slots().expand(len(roots), -1),
+        )
+        self.num_rows += self.num_pending
+        return RootRows(rows_at(outputs.logits, roots), rows_at(outputs.states, roots))
+
+    def frontier_inputs(self, sees: Tensor) -> dict[str, Tensor]:
+        """
+        The draft's mask and positions for the nodes of one depth.
+
+        Args:
+            sees (`torch.BoolTensor` of shape `(B, W, rows)`): Which of the rows drafted in this round each attends to.
+
+        **Effects**: the next forward writes behind the rows that were drafted before.
+        """
+        _, width, num_drafted = sees.shape
+        slots, num_rows = self.slots(), self.num_rows[:, None]
+        drafted = (num_rows + torch.arange(num_drafted, device=sees.device))[:, None]  # (B, 1, rows)
+        self.cache.write_at(drafted[:, 0, -width:])
+        among_all = (slots < num_rows)[:, None].expand(-1, width, -1)  # (B, W, K)
+        return {
+            "attention_mask": additive_mask(
+                among_all.scatter(2, drafted.expand_as(sees), sees), self.pending_states.dtype
+            ),
+            "key_position_ids": torch.where(slots < num_rows, slots, num_rows + (slots - num_rows) // width),
+            "position_ids": (num_rows + num_drafted // width - 1).expand(-1, width),
+        }
+
+    def forget_guesses(self) -> None:
+        """Nothing: what nobody sees need not go."""
+
+    def _newest(self) -> Tensor:
+        # A sequence that has ended may get nothing in a round; what is drafted for it is not used.
+        return (self.num_pending[:, None] - 1).clamp(min=0)
+
+    def slots(self) -> Tensor:
+        """All slots, `(K,)`."""
+        return torch.arange(self.cache.capacity, device=self.num_rows.device)
+
+
+def rows_at(states: Tensor, places: Tensor) -> Tensor:
+    """One row of each sequence, `(B, T, width)` at `(B, 1)` -> `(B, 1, width)`."""
+    return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
