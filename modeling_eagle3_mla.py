@@ -728,8 +728,8 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
             past_key_values (`Cache`, *optional*):
                 Latents of earlier rows; extended in place.
             key_position_ids (`torch.LongTensor` of shape `(B, K)`, *optional*):
-                RoPE positions of what the cache returns for the new rows, all cached ones and these. Defaults to cached
-                rows that directly precede the first new one.
+                RoPE positions of all that the cache returns, cached and new rows. Defaults to cached rows that precede
+                the first new one directly.
             logits_to_keep (`int`, *optional*, defaults to 0):
                 Return only the last so many rows; 0 returns all.
 

@@ -70,6 +70,61 @@ def walk_at_once(
     return Walk(path, tokens.gather(1, path), is_reached.sum(dim=1), is_distribution(scores), scores)
 
 
+def limit_walk(
+    walk: Walk,
+    num_tokens: Tensor,
+    room: Tensor,
+    eos_token_ids: Tensor | None,
+    is_frozen: Tensor,
+    is_sampled: bool,
+) -> tuple[Tensor, Tensor]:
+    """
+    How many of its chosen tokens each sequence gets: none after the one that ends it.
+
+    Args:
+        walk ([`Walk`]): How far each could go.
+        num_tokens (`torch.LongTensor` of shape `(B,)`): Tokens of each before.
+        room (`torch.LongTensor` of shape `(B,)`): How many each may still get.
+        eos_token_ids (`torch.LongTensor`, *optional*): Tokens that end a sequence.
+        is_frozen (`torch.BoolTensor` of shape `(B,)`): The sequences that have ended; they follow the furthest one.
+        is_sampled (`bool`): Whether a choice needs scores that are a distribution.
+
+    Returns:
+        How many each gets, `(B,)`, and whether the last of them ends it, bool `(B,)`.
+    """
+    longest = walk.path.shape[1]
+    ends = torch.zeros_like(walk.is_valid)
+    if eos_token_ids is not None:
+        ends = torch.isin(walk.tokens, eos_token_ids) & ~is_frozen[:, None]
+    num_new = torch.minimum(walk.num_steps, room)
+    num_new = torch.minimum(num_new, first_true(ends, longest - 1) + 1)
+    if is_sampled:
+        num_new = torch.minimum(num_new, first_true(~walk.is_valid, longest))
+    furthest = (num_tokens + num_new.masked_fill(is_frozen, 0)).max()
+    num_new = torch.where(is_frozen, torch.minimum(num_new, furthest - num_tokens), num_new)
+    has_ended = ends.gather(1, (num_new - 1).clamp(min=0)[:, None])[:, 0] & (num_new > 0)
+    return num_new, has_ended
+
+
+def first_true(is_true: Tensor, otherwise: int) -> Tensor:
+    """Index of the first true entry of each row of `(B, P)`."""
+    return torch.where(is_true.any(dim=1), is_true.int().argmax(dim=1), otherwise)
+
+
+def report_walk(tree: DraftTree, walk: Walk, num_new: Tensor, has_ended: Tensor) -> Tensor:
+    """
+    What the host has to know of a round, in one tensor, `(B, 4 + 2P)`.
+
+    The columns: how many tokens each sequence gets; whether the last one ends it; how many of them had been drafted;
+    after how many something had been drafted; the tokens; to each of the path, how many nodes the draft had preferred.
+    """
+    steps = torch.arange(walk.path.shape[1], device=num_new.device)
+    num_tried = (tree.has_children.gather(1, walk.path) & (steps < num_new[:, None])).sum(dim=1)
+    num_drafted = torch.minimum(num_new, walk.num_steps - 1)
+    counts = torch.stack([num_new, has_ended.long(), num_drafted, num_tried], dim=1)
+    return torch.cat([counts, walk.tokens, tree.ranks.gather(1, walk.path)], dim=1)
+
+
 def walk_step_by_step(
     tree: DraftTree,
     logits: Tensor,

@@ -141,9 +141,11 @@ def decode(
     may_differ = may_differ_in_length(target, transcript, traces.are_wanted)
     texts = RaggedTexts(transcript) if may_differ else TextsInStep(transcript)
     plan = largest_plan(draft, target)
-    is_finished = takes_fixed_shapes(
-        target, draft, plan, transcript, traces, cache, model_kwargs
-    ) and decode_at_fixed_shapes(target, draft, transcript, texts, stats, plan, cache, memory, model_kwargs)
+    is_finished = transcript.is_finished
+    if not is_finished and takes_fixed_shapes(target, draft, plan, transcript, traces, cache, model_kwargs):
+        is_finished = decode_at_fixed_shapes(
+            target, draft, transcript, texts, stats, plan, cache, memory, model_kwargs
+        )
     if not is_finished:
         stats.times.time_forwards(target, draft)
         sizes = sizes_for(draft, target, plan, len(transcript.input_ids))

@@ -2,26 +2,31 @@
 
     draft     the head reads what was accepted and proposes the trees
     verify    the target reads them
+    choose    the target's own tokens, and how far every sequence goes with them
     keep      both caches take over the accepted paths, the states of these become the draft's pending rows
 
 All that a stage reads and writes lies in buffers that stay where they are. What differs from round to round (lengths,
-tokens, trees) is data on the device, so nothing is asked of it between the choice of one round and that of the next.
+tokens, trees) is data on the device, which is asked for one thing in a round: what it has chosen. Where processors
+look at the text, or somebody wants scores, the host chooses instead, as in `decoder.py`.
 
 Shapes: B batch, N nodes, P nodes on the longest path, K slots, V the target's vocabulary.
 """
 
 import weakref
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import Cache, LogitsProcessorList, PreTrainedModel
 
 from .branching import window_of
-from .capture import capture
+from .capture import Stage, capture
+from .choice import limit_walk, report_walk, walk_at_once
 from .drafting import draft_tree
 from .fixed_cache import FixedCache
 from .fixed_memory import FixedMemory
 from .memory import DraftMemory, additive_mask
+from .ragged import MAX_LEAD
 from .sampling import Noise, RowNoise
 from .support import TreePlan
 from .tree import DraftTree
@@ -44,6 +49,20 @@ class GivenNoise:
         return self.draws[:, ahead]
 
 
+@dataclass(frozen=True)
+class Ends:
+    """
+    How the sequences of a batch end.
+
+    Args:
+        eos_token_ids (`tuple[int, ...]`, *optional*): Tokens that end one; `None`: nothing does but the length.
+        pad_token_id (`int`, *optional*): What a sequence gets that has ended before others; `None`: it goes on.
+    """
+
+    eos_token_ids: tuple[int, ...] | None
+    pad_token_id: int | None
+
+
 class FixedRounds:
     """
     The rounds of texts that fit into `capacity` slots. Target and draft are not kept alive.
@@ -55,6 +74,7 @@ class FixedRounds:
         cache (`Cache`), memory ([`DraftMemory`]): After the prompt; they say which shapes the buffers need.
         capacity (`int`): Slots of each sequence, those of a tree's nodes included.
         draw (`torch.Tensor` of shape `(B, V)`, *optional*): Like the noise of a token; `None` means greedy.
+        ends ([`Ends`]): How sequences end.
     """
 
     def __init__(
@@ -67,6 +87,7 @@ class FixedRounds:
         memory: DraftMemory,
         capacity: int,
         draw: Tensor | None,
+        ends: Ends,
     ):
         self.target, self.draft, self.whose = weakref.proxy(target), weakref.proxy(draft), weakref.ref(target)
         self.plan, self.warpers, self.capacity = plan, warpers, capacity
@@ -83,8 +104,14 @@ class FixedRounds:
         self.parents, self.preferred = torch.zeros_like(self.token_ids), torch.zeros_like(self.token_ids[:, 1:])
         self.path = counts.new_zeros(len(counts), plan.depth + 1)
         self.tokens, self.num_new = torch.zeros_like(self.path), torch.ones_like(counts)
+        self.roots = torch.zeros_like(self.path[:, :1])
+        self.is_frozen = torch.zeros_like(counts, dtype=torch.bool)
+        self.freezes = ends.pad_token_id is not None
+        self.pad_token_id = counts.new_tensor(ends.pad_token_id if self.freezes else -1)
+        self.eos_token_ids = None if ends.eos_token_ids is None else counts.new_tensor(ends.eos_token_ids)
+        self.logits = None
         self.listener = draft.capture_fused_states(target)
-        self.draft_trees, self.verify, self.keep = self._draft_trees, self._verify, self._keep
+        self.draft_trees, self.verify, self.choose, self.keep = self._stages()
 
     def capture(self) -> None:
         """
@@ -93,9 +120,12 @@ class FixedRounds:
         Raises:
             RuntimeError: If a model asks something of the device.
         """
-        stages = self._draft_trees, self._verify, self._keep
-        self.draft_trees, self.verify, self.keep = capture(stages, self.lengths.device)
+        stages = capture(self._stages(), self.lengths.device)
+        self.draft_trees, self.verify, self.choose, self.keep = stages
         self.listener = None  # it knows the target's layers
+
+    def _stages(self) -> tuple[Stage, Stage, Stage, Stage]:
+        return self._draft_trees, self._verify, self._choose, self._keep
 
     def belong_to(self, target: PreTrainedModel) -> bool:
         """Whether these are rounds of `target` itself, not of one that had its weights in the same place."""
@@ -109,7 +139,15 @@ class FixedRounds:
             self.token_ids, self.parents, is_chain, self.plan.depth, preferred=None if is_chain else self.preferred
         )
 
-    def load(self, cache: Cache, memory: DraftMemory, is_token: Tensor | None, positions: Tensor, limit: int) -> None:
+    def load(
+        self,
+        cache: Cache,
+        memory: DraftMemory,
+        is_token: Tensor | None,
+        positions: Tensor | int,
+        limit: int,
+        is_frozen: Tensor,
+    ) -> None:
         """
         Begins a text.
 
@@ -119,20 +157,23 @@ class FixedRounds:
             is_token (`torch.Tensor` of shape `(B, T)`, *optional*): 0 where a slot of the prompt is padding.
             positions (`torch.LongTensor` of shape `(B,)`): RoPE positions of the roots in the target.
             limit (`int`): Tokens that a text may have in the end.
+            is_frozen (`torch.BoolTensor` of shape `(B,)`): The sequences that have ended.
         """
         num_read = cache.get_seq_length()
         self.lengths.fill_(num_read)
-        self.offsets.copy_(positions - num_read)
+        self.offsets.fill_(0).add_(positions - num_read)
+        self.is_frozen.copy_(is_frozen)
         self.limit.fill_(limit)
         self.is_token.fill_(True)
         if is_token is not None:
             self.is_token[:, :num_read] = is_token[:, :num_read].bool()
         self.cache.load(cache)
         self.memory.load(memory)
+        self.roots.copy_(self.memory.roots)
 
     def take_over(self, smaller: "FixedRounds") -> None:
         """Goes on where rounds of a smaller capacity have come to."""
-        for name in ("lengths", "offsets", "limit", "path", "tokens", "num_new"):
+        for name in ("lengths", "offsets", "limit", "path", "tokens", "num_new", "roots", "is_frozen"):
             getattr(self, name).copy_(getattr(smaller, name))
         self.is_token.fill_(True)
         self.is_token[:, : smaller.capacity] = smaller.is_token
@@ -160,7 +201,12 @@ class FixedRounds:
     def _draft_trees(self) -> None:
         """The head reads the pending rows and proposes `tree`."""
         memory, warpers = self.memory, self.warpers
-        self.load_tree(draft_tree(self.draft, self.target, memory, self.plan, warpers, self.noise))
+        tree = draft_tree(self.draft, self.target, memory, self.plan, warpers, self.noise)
+        if len(self.lengths) > 1:
+            tree = tree.with_roots(self.roots)
+        if len(self.lengths) > 1 and self.freezes:
+            tree = tree.with_pads(self.is_frozen, self.pad_token_id, self.plan.depth)
+        self.load_tree(tree)
 
     def _verify(self) -> Tensor:
         """The target's logits after each node, `(B, N, V)`, fp32."""
@@ -177,13 +223,33 @@ class FixedRounds:
                 use_cache=True,
                 return_dict=True,
             )
-        return outputs.logits.float()
+        self.logits = outputs.logits.float()
+        return self.logits
+
+    def _choose(self) -> Tensor:
+        """The path of every sequence; returns what the host has to know of it, `(B, 4 + 2P)`."""
+        tree, is_sampled = self.tree, self.noise is not None
+        pads = torch.where(self.is_frozen, self.pad_token_id, -1)
+        walk = walk_at_once(tree, self.logits, self.warpers, self.noise.draws if is_sampled else None, pads)
+        num_tokens = self.lengths + 1
+        limit = torch.minimum(self.limit, num_tokens.min() + MAX_LEAD) if is_sampled else self.limit
+        num_new, has_ended = limit_walk(
+            walk, num_tokens, limit - num_tokens, self.eos_token_ids, self.is_frozen, is_sampled
+        )
+        self.path.copy_(walk.path)
+        self.tokens.copy_(walk.tokens)
+        self.num_new.copy_(num_new)
+        if self.freezes:
+            self.is_frozen |= has_ended
+        return report_walk(tree, walk, num_new, has_ended)
 
     def _keep(self) -> None:
         """Both models keep the accepted paths and forget the other nodes."""
         begin = self.lengths[:, None]
         self.cache.move(begin + self.path, begin + torch.arange(self.path.shape[1], device=begin.device))
         self.memory.await_rows(self.listener.take(self.path), self.tokens, self.num_new)
+        newest = self.tokens.gather(1, (self.num_new[:, None] - 1).clamp(min=0))
+        self.roots.copy_(torch.where(self.num_new[:, None] > 0, newest, self.roots))
         self.lengths += self.num_new
 
     def _masks(self, tree: DraftTree, slots: Tensor, places: Tensor) -> Tensor | dict[str, Tensor]:

@@ -74,14 +74,19 @@ class SpeculationStats:
         return self.times.target.seconds
 
     @property
+    def choice_seconds(self) -> float:
+        """Seconds in which the device chose tokens and moved what was accepted; 0 where the host lets it do so."""
+        return self.times.choice.seconds
+
+    @property
     def round_seconds(self) -> float:
         """Seconds of all rounds."""
         return self.times.round_seconds
 
     @property
     def host_seconds(self) -> float:
-        """Seconds of the rounds in which neither model was in a forward."""
-        return self.round_seconds - self.draft_seconds - self.target_seconds
+        """Seconds of the rounds in which the device did none of these."""
+        return self.round_seconds - self.draft_seconds - self.target_seconds - self.choice_seconds
 
     def record(self, walks: Walks, num_nodes: int, deepest: int) -> None:
         """

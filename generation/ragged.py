@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 
-from .choice import Walk, walk_at_once, walk_step_by_step
+from .choice import Walk, limit_walk, report_walk, walk_at_once, walk_step_by_step
 from .sampling import RowNoise, is_stateless, raise_no_distribution
 from .transcript import Transcript
 from .tree import DraftTree
@@ -90,29 +90,61 @@ class RaggedTexts:
         """
         raw_logits = logits.clone() if self.logits.is_wanted else None  # processors may write into theirs
         walk = self._walk(tree, logits)
-        num_new, is_tried = self._limit(walk), tree.has_children.gather(1, walk.path)
-        has_ended = self._ends(walk.tokens).gather(1, (num_new - 1).clamp(min=0)[:, None])[:, 0] & (num_new > 0)
-        steps = torch.arange(walk.path.shape[1], device=num_new.device)
-        num_tried = (is_tried & (steps < num_new[:, None])).sum(dim=1)
-        num_drafted = torch.minimum(num_new, walk.num_steps - 1)
-        # The one place where a round waits for the device.
-        counts = torch.stack([num_new, has_ended.long(), num_drafted, num_tried], dim=1)
-        rows = torch.cat([counts, tree.ranks.gather(1, walk.path)], dim=1).tolist()
-        num_new, has_ended = [row[0] for row in rows], [row[1] for row in rows]
-
-        before, leads = self.num_tokens, self._leads()
-        had_ended, takes_part = self.ended_at, self._who_takes_part()
+        num_tokens, room = torch.tensor([self.num_tokens, self._room()], device=self.ids.device)
+        is_sampled = self.transcript.do_sample
+        num_new, has_ended = limit_walk(walk, num_tokens, room, self.eos_token_ids, self.is_frozen, is_sampled)
+        leads = self._leads()
         self.scores.add(walk.scores, leads)
         if raw_logits is not None:
             self.logits.add(raw_logits.gather(1, walk.path[..., None].expand_as(walk.scores)), leads)
-        self._append(walk.tokens, num_new, has_ended)
+        # The one place where a round waits for the device.
+        rows = report_walk(tree, walk, num_new, has_ended).tolist()
+        walks, lengths, num_kept = self.take(rows, walk.tokens)
+        return Verdict(walk.path, walk.tokens, walks, lengths, num_kept)
+
+    def take(self, rows: list[list[int]], tokens: Tensor) -> tuple[Walks, list[int], list[int]]:
+        """
+        Appends what was chosen.
+
+        Args:
+            rows (`list[list[int]]`): What `report_walk` says of each sequence.
+            tokens (`torch.LongTensor` of shape `(B, P)`): The tokens among it.
+
+        Returns:
+            [`Walks`], where in the cache each sequence goes on, and how much of its path it keeps.
+
+        Raises:
+            RuntimeError: If scores are no distribution, as in plain sampling.
+
+        **Effects**: appends to the texts, and to the transcript what all have passed.
+        """
+        num_new, has_ended = [row[0] for row in rows], [row[1] for row in rows]
+        before, had_ended, takes_part = self.num_tokens, self.ended_at, self._who_takes_part()
+        self._append(tokens, num_new, has_ended)
         self._advance()
-        walks = self._count(before, takes_part, [row[2:] for row in rows])
+        num_chosen = tokens.shape[1]
+        walks = self._count(before, takes_part, [row[2:4] + row[4 + num_chosen :] for row in rows])
         written = [old if ended is None else ended for old, ended in zip(before, had_ended, strict=True)]
         self.num_discarded = sum(max(count - self._end(), 0) for count in written)
         lengths = [min(old, self._end()) - 1 for old in before]
         num_kept = [min(new, self._end()) - 1 - old for new, old in zip(self.num_tokens, lengths, strict=True)]
-        return Verdict(walk.path, walk.tokens, walks, lengths, num_kept)
+        return walks, lengths, num_kept
+
+    def may_go_on(self, rows: list[list[int]]) -> bool:
+        """Whether the text is not known to end with what `report_walk` says; see `take`."""
+        counts = [count + row[0] for count, row in zip(self.num_tokens, rows, strict=True)]
+        has_ended = [old is not None or row[1] for old, row in zip(self.ended_at, rows, strict=True)]
+        is_last = all(has_ended) if self.transcript.freezes else any(has_ended)
+        return self.knows_the_end and not is_last and min(counts) < self.transcript.stopping_criteria.max_length
+
+    def move_to(self, device: torch.device | str) -> None:
+        """
+        Where the texts are kept; noise stays where it is drawn.
+
+        **Effects**: moves the transcript, too.
+        """
+        self.ids, self.is_frozen = self.ids.to(device), self.is_frozen.to(device)
+        self.transcript.move_to(device)
 
     def _walk(self, tree: DraftTree, logits: Tensor) -> Walk:
         pads = torch.full_like(self.ids[:, 0], -1)
@@ -125,25 +157,6 @@ class RaggedTexts:
         if self.chooses_at_once:
             return walk_at_once(tree, logits, processors, noise, pads)
         return walk_step_by_step(tree, logits, processors, noise, pads, self.ids, self.num_tokens)
-
-    def _limit(self, walk: Walk) -> Tensor:
-        """How many of its chosen tokens each sequence gets, `(B,)`: none after the one that ends it."""
-        device, longest = self.ids.device, walk.path.shape[1]
-        num_tokens, room = torch.tensor([self.num_tokens, self._room()], device=device)
-        num_new = torch.minimum(walk.num_steps, room)
-        num_new = torch.minimum(num_new, first_true(self._ends(walk.tokens), longest - 1) + 1)
-        if self.transcript.do_sample:
-            num_new = torch.minimum(num_new, first_true(~walk.is_valid, longest))
-        if not any(self.ended_at):
-            return num_new
-        furthest = (num_tokens + num_new.masked_fill(self.is_frozen, 0)).max()
-        return torch.where(self.is_frozen, torch.minimum(num_new, furthest - num_tokens), num_new)
-
-    def _ends(self, tokens: Tensor) -> Tensor:
-        """Which of the chosen tokens `(B, P)` end a sequence that has not ended yet."""
-        if self.eos_token_ids is None:
-            return torch.zeros_like(tokens, dtype=torch.bool)
-        return torch.isin(tokens, self.eos_token_ids) & ~self.is_frozen[:, None]
 
     def _room(self) -> list[int]:
         """How many tokens each sequence may still get."""
@@ -225,8 +238,3 @@ class RaggedTexts:
     def _note_who_is_frozen(self) -> None:
         """Sets `is_frozen (B,)`: the sequences that get nothing but padding from now on."""
         self.is_frozen = torch.tensor([end is not None for end in self.ended_at], device=self.ids.device)
-
-
-def first_true(is_true: Tensor, otherwise: int) -> Tensor:
-    """Index of the first true entry of each row of `(B, P)`."""
-    return torch.where(is_true.any(dim=1), is_true.int().argmax(dim=1), otherwise)

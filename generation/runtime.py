@@ -16,12 +16,14 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
-from transformers import Cache, LogitsProcessorList, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.generation import EosTokenCriteria
 
 from .branching import can_branch
-from .fixed_rounds import FixedRounds, tree_size
+from .fixed_rounds import Ends, FixedRounds, tree_size
 from .memory import DraftMemory
 from .metrics import SpeculationStats
 from .ragged import RaggedTexts
@@ -29,7 +31,7 @@ from .sampling import stateless_warpers
 from .support import TreePlan, draft_window, fixed_shapes, schedule
 from .traces import Traces
 from .transcript import Transcript
-from .verification import TextsInStep
+from .verification import TextsInStep, Walks
 
 logger = logging.getLogger(__name__)
 
@@ -133,51 +135,138 @@ def decode_at_fixed_shapes(
         with stats.times.draft:
             memory.read_prompt(draft, target)
         draw = texts.noise.peek(0) if transcript.do_sample else None
-        shelf = Shelf(target, draft, plan, stateless_warpers(transcript.logits_processor), cache, memory, draw)
+        shelf = Shelf(target, draft, plan, transcript, cache, memory, draw)
         num_read, num_nodes = cache.get_seq_length(), tree_size(plan)
-        rounds = shelf.rounds_for(num_read + num_nodes)
+        rounds = shelf.rounds_for(num_read + 2 * num_nodes)
         if rounds is None:
             return False
         positions = root_positions(model_kwargs, num_read)
         is_token, limit = model_kwargs.get("attention_mask"), transcript.stopping_criteria.max_length
-        rounds.load(cache, memory, is_token, positions, limit)
-        while not transcript.is_finished:
-            if texts.ids.shape[1] + num_nodes > rounds.capacity:
-                rounds = shelf.larger(rounds, texts.ids.shape[1] + num_nodes)
-            run_round(rounds, transcript, texts, stats)
-        rounds.cache.give_back(cache, transcript.input_ids.shape[1] - 1)
+        rounds.load(cache, memory, is_token, positions, limit, transcript.is_frozen)
+        if device_can_choose(texts):
+            follow_the_device(shelf, rounds, texts, stats)
+        else:
+            choose_on_the_host(shelf, rounds, texts, stats)
         return True
     finally:
         _in_use.release()
 
 
-def run_round(
-    rounds: FixedRounds, transcript: Transcript, texts: RaggedTexts | TextsInStep, stats: SpeculationStats
+def device_can_choose(texts: RaggedTexts | TextsInStep) -> bool:
+    """Whether a round needs nothing from the host."""
+    if isinstance(texts, TextsInStep) or not texts.chooses_at_once or texts.scores.is_wanted or texts.logits.is_wanted:
+        return False
+    return not texts.stop_strings or len(texts.ids) == 1  # the host cuts texts where they end; one is then finished
+
+
+def choose_on_the_host(
+    shelf: "Shelf", rounds: FixedRounds, texts: RaggedTexts | TextsInStep, stats: SpeculationStats
 ) -> None:
     """
-    One round.
+    All rounds, in which processors see the text before the next token is chosen.
 
-    **Effects**: extends the texts, and moves all buffers on.
+    **Effects**: extends the texts and moves all buffers on; the target's cache gets back what it is to hold.
     """
-    if transcript.do_sample:
+    transcript, num_nodes = texts.transcript, tree_size(rounds.plan)
+    while not transcript.is_finished:
+        if texts.ids.shape[1] + num_nodes > rounds.capacity:
+            rounds = shelf.larger(rounds, texts.ids.shape[1] + 2 * num_nodes)
+        if transcript.do_sample:
+            rounds.load_noise(texts.noise)
+        with stats.times.draft:
+            rounds.draft_trees()
+        tree = texts.fit(rounds.tree, rounds.plan.depth)
+        rounds.load_tree(tree)
+        with stats.times.target:
+            logits = rounds.verify()
+        verdict = texts.accept(tree, logits)
+        rounds.load_verdict(verdict)
+        with stats.times.choice:
+            rounds.keep()
+        record_round(stats, rounds, verdict.walks, texts)
+    rounds.cache.give_back(shelf.cache, transcript.input_ids.shape[1] - 1)
+
+
+def follow_the_device(shelf: "Shelf", rounds: FixedRounds, texts: RaggedTexts, stats: SpeculationStats) -> None:
+    """
+    All rounds, in which the device chooses and goes on by itself; the host reads what it has chosen.
+
+    A greedy round begins before the host has taken over the one before, unless that one is seen to be the last.
+
+    **Effects**: extends the texts and moves all buffers on; the target's cache gets back what it is to hold.
+    """
+    transcript, num_nodes, device = texts.transcript, tree_size(rounds.plan), texts.ids.device
+    texts.move_to("cpu")
+    report = launch_round(rounds, texts, stats)
+    while True:
+        rows = report.wait()
+        num_slots = max(count + row[0] for count, row in zip(texts.num_tokens, rows, strict=True)) + num_nodes
+        is_ahead = not transcript.do_sample and num_slots <= rounds.capacity and texts.may_go_on(rows)
+        if is_ahead:
+            report = launch_round(rounds, texts, stats)
+        walks, _, _ = texts.take(rows, torch.tensor([row[4 : 4 + rounds.plan.depth + 1] for row in rows]))
+        record_round(stats, rounds, walks, texts)
+        if transcript.is_finished:
+            break
+        if not is_ahead:
+            if num_slots > rounds.capacity:
+                rounds = shelf.larger(rounds, num_slots + num_nodes)
+            report = launch_round(rounds, texts, stats)
+    texts.move_to(device)
+    rounds.cache.give_back(shelf.cache, transcript.input_ids.shape[1] - 1)
+
+
+def launch_round(rounds: FixedRounds, texts: RaggedTexts, stats: SpeculationStats) -> "Report":
+    """
+    Begins a round; on CUDA it goes on while the host does something else.
+
+    **Effects**: moves all buffers on.
+    """
+    if texts.transcript.do_sample:
         rounds.load_noise(texts.noise)
     with stats.times.draft:
         rounds.draft_trees()
-    drafted = rounds.tree
-    tree = texts.fit(drafted, rounds.plan.depth)
-    if tree is not drafted:
-        rounds.load_tree(tree)
     with stats.times.target:
-        logits = rounds.verify()
-    verdict = texts.accept(tree, logits)
-    rounds.load_verdict(verdict)
-    with stats.times.draft:
+        rounds.verify()
+    with stats.times.choice:
+        report = Report(rounds.choose())
         rounds.keep()
+    return report
 
+
+class Report:
+    """
+    What a round has chosen, on its way to the host.
+
+    Args:
+        rows (`torch.Tensor`): On the device.
+    """
+
+    def __init__(self, rows: Tensor):
+        self.rows, self.has_arrived = rows, None
+        if rows.is_cuda:
+            self.rows = torch.empty_like(rows, device="cpu", pin_memory=True)
+            self.rows.copy_(rows, non_blocking=True)
+            self.has_arrived = torch.cuda.Event()
+            self.has_arrived.record(torch.cuda.current_stream(rows.device))
+
+    def wait(self) -> list[list[int]]:
+        """The rows, as soon as they are there: the one place where a round waits for the device."""
+        if self.has_arrived is not None:
+            self.has_arrived.synchronize()
+        return self.rows.tolist()
+
+
+def record_round(stats: SpeculationStats, rounds: FixedRounds, walks: Walks, texts: RaggedTexts | TextsInStep) -> None:
+    """
+    Counts a round.
+
+    **Effects**: the streamer gets its tokens.
+    """
     stats.target_calls += 1
-    stats.record(verdict.walks, len(tree) - 1, tree.deepest)
+    stats.record(walks, tree_size(rounds.plan) - 1, rounds.plan.depth)
     stats.draft_cache_bytes, stats.draft_cache_tokens = rounds.memory.num_bytes, texts.ids.shape[1] - 2
-    transcript.flush()
+    texts.transcript.flush()
 
 
 class Shelf:
@@ -185,7 +274,8 @@ class Shelf:
     The rounds of a call by their capacity, and those of earlier calls with the same settings.
 
     Args:
-        target, draft, plan, warpers, cache, memory, draw: As for [`FixedRounds`].
+        target, draft, plan, cache, memory, draw: As for [`FixedRounds`].
+        transcript ([`Transcript`]): The text.
     """
 
     def __init__(
@@ -193,16 +283,17 @@ class Shelf:
         target: PreTrainedModel,
         draft,
         plan: TreePlan,
-        warpers: LogitsProcessorList,
+        transcript: Transcript,
         cache: Cache,
         memory: DraftMemory,
         draw: Tensor | None,
     ):
-        self.target, self.draft = target, draft
+        self.target, self.draft, self.cache = target, draft, cache
+        warpers, ends = stateless_warpers(transcript.logits_processor), ends_of(transcript)
         self.settings = plan, warpers, cache, memory
-        self.draw = draw
+        self.draw, self.ends = draw, ends
         self.kept = _kept.setdefault(draft, OrderedDict())
-        key = plan, len(memory.num_rows), draw is None, tuple(map(repr_of, warpers)), target.dtype
+        key = plan, len(memory.num_rows), draw is None, tuple(map(repr_of, warpers)), ends, target.dtype
         self.key = *key, fingerprint(target), fingerprint(draft)
 
     def rounds_for(self, num_slots: int) -> FixedRounds | None:
@@ -232,7 +323,7 @@ class Shelf:
 
     def _new(self, capacity: int) -> FixedRounds:
         plan, warpers, cache, memory = self.settings
-        return FixedRounds(self.target, self.draft, plan, warpers, cache, memory, capacity, self.draw)
+        return FixedRounds(self.target, self.draft, plan, warpers, cache, memory, capacity, self.draw, self.ends)
 
 
 def capacities() -> Iterator[int]:
@@ -242,6 +333,13 @@ def capacities() -> Iterator[int]:
         yield capacity
         yield capacity * 3 // 2
         capacity *= 2
+
+
+def ends_of(transcript: Transcript) -> Ends:
+    """How the sequences of a text end."""
+    eos = [each.eos_token_id for each in transcript.stopping_criteria if type(each) is EosTokenCriteria]
+    pad = transcript.pad_token_id if transcript.freezes else None
+    return Ends(tuple(torch.cat(eos).tolist()) if eos else None, None if pad is None else int(pad))
 
 
 def root_positions(model_kwargs: dict, num_read: int) -> Tensor | int:

@@ -97,6 +97,12 @@ class Transcript:
             self.logits += (logits,)
         self.is_done = self.is_done | self.stopping_criteria(self.input_ids, self.scores)
 
+    def move_to(self, device: torch.device | str) -> None:
+        """Where the tokens are kept."""
+        self.input_ids, self.is_done = self.input_ids.to(device), self.is_done.to(device)
+        if self.pad_token_id is not None:
+            self.pad_token_id = self.pad_token_id.to(device)
+
     def flush(self) -> None:
         """Hands the tokens that were appended since the last call to the streamer, one by one."""
         if self.streamer is None:
