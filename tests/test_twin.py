@@ -45,6 +45,10 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+SETTINGS = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.7, "top_p": 0.9},
+}
 YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 TARGETS = {
     "untied": {},
@@ -154,10 +158,10 @@ def assert_same_function(models, twins):
 
 
 def generate(target, draft, **settings):
-    """Texts, and what each round accepted."""
+    """A text, and what each round accepted."""
     torch.manual_seed(3)
-    texts = target.generate(make_prompt(7), assistant_model=draft, max_new_tokens=40, **settings)
-    return texts.tolist(), draft.speculation_stats.acceptance_lengths
+    text = target.generate(make_prompt(7)[:1], assistant_model=draft, max_new_tokens=40, **settings)
+    return text.tolist(), draft.speculation_stats.acceptance_lengths
 
 
 def make_twins(twin, target, draft, shape=None, mla_sizes=None):
@@ -186,7 +190,7 @@ def test_a_twin_may_be_tied_as_the_small_target(twin):
 def test_a_twin_of_any_head_computes_the_same(twin, fields, mla_sizes, attention):
     target = make_target()
     draft = make_draft(target, **fields)
-    draft.set_attn_implementation(attention)
+    draft.config._attn_implementation = attention
     twins = make_twins(twin, target, draft, mla_sizes=mla_sizes)
     assert twins[1].config._attn_implementation == attention
     assert_same_function((target, draft), twins)
@@ -201,3 +205,128 @@ def test_rope_that_cannot_be_widened_may_stay(twin, rope_type, rope_dim):
     assert_same_function((target, draft), make_twins(twin, target, draft, {"head_dim": 8}))
     with pytest.raises(ValueError, match=rf"`head_dim` of the twin must be 8 with RoPE of the type '{rope_type}'"):
         make_twins(twin, target, draft, {"head_dim": 16})
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("name", ["mla", "engine", "gqa"])
+def test_a_twin_writes_and_accepts_what_the_small_models_do(twin, name, settings):
+    fields, mla_sizes = DRAFTS[name]
+    target = make_target()
+    draft = make_draft(target, **fields)
+    draft.generation_config.update(num_assistant_tokens=12, assistant_tree_top_k=3, assistant_tree_depth=4)
+    twins = make_twins(twin, target, draft, mla_sizes=mla_sizes)
+    text, acceptance_lengths = generate(target, draft, **settings)
+    assert max(acceptance_lengths) > 1
+    assert generate(*twins, **settings) == (text, acceptance_lengths)
+
+
+def test_a_twin_decodes_in_single_precision(twin):
+    target = make_target()
+    draft = make_draft(target)
+    twin_target = twin.widen_target(target, twin.TwinShape(**TWIN_SHAPE), torch.float32)
+    twin_draft = twin.widen_draft(draft, twin_target.config, torch.float32)
+    assert twin_target.dtype == twin_draft.dtype == torch.float32
+    assert generate(twin_target, twin_draft, do_sample=False) == generate(target, draft, do_sample=False)
+
+
+@pytest.mark.parametrize("name", DRAFTS)
+def test_only_zeros_that_are_needed_are_zeros(twin, name):
+    """What reads nothing but entries and zeros and writes no residual stream has no reason for any."""
+    target = make_target()
+    draft = make_draft(target, **DRAFTS[name][0])
+    twins = make_twins(twin, target, draft, mla_sizes=DRAFTS[name][1])
+    full = {"q_proj", "gate_proj", "q_a_proj", "q_b_proj", "W_dkv", "W_qr", "lm_head"}
+    for model in twins:
+        for path, weight in model.named_parameters():
+            share = 1 - int(weight.count_nonzero()) / weight.numel()
+            kind = path.split(".")[-2]
+            assert share == 0 or kind not in full, path
+            assert share < 0.8, path
+    assert set(twin.zero_shares(twins[0])) == {
+        *(f"model.layers.*.self_attn.{part}_proj.weight" for part in "qkvo"),
+        *(f"model.layers.*.mlp.{part}_proj.weight" for part in ("gate", "up", "down")),
+        *("model.embed_tokens.weight", "lm_head.weight"),
+    }
+
+
+def test_the_share_of_zeros_is_that_of_the_layouts(twin):
+    target = make_target()
+    shares = twin.zero_shares(twin.widen_target(target, twin.TwinShape(**TWIN_SHAPE)))
+    assert shares["model.embed_tokens.weight"] == pytest.approx(1 - 24 / 60)
+    # Three layers of nine have 40 neurons of 100; half of the others are silenced before, half behind.
+    assert shares["model.layers.*.mlp.up_proj.weight"] == pytest.approx((3 * 0.3 + 6 * 0.5) / 9)
+    silenced = 60 * 50
+    assert shares["model.layers.*.mlp.down_proj.weight"] == pytest.approx(
+        (3 * (36 * 40 + 60 * 30) + 6 * silenced) / (9 * 60 * 100)
+    )
+
+
+@pytest.mark.parametrize(("num_layers", "twin_num_layers"), [(2, 7), (3, 4), (4, 32), (6, 32), (8, 32), (32, 80)])
+def test_default_places_of_a_head_stay_default_places(twin, num_layers, twin_num_layers):
+    config = Eagle3MLAConfig(target_num_hidden_layers=num_layers)
+    default = Eagle3MLAConfig(target_num_hidden_layers=twin_num_layers).eagle_aux_hidden_state_layer_ids
+    assert twin.twin_aux_layer_ids(config, twin_num_layers) == default
+
+
+@pytest.mark.parametrize(("num_layers", "twin_num_layers"), [(5, 7), (6, 8)])
+def test_where_default_places_do_not_fit_added_layers_come_last(twin, num_layers, twin_num_layers):
+    assert twin.place_layers(num_layers, twin_num_layers) == list(range(num_layers))
+    target = make_target(num_hidden_layers=num_layers)
+    draft = make_draft(target)
+    twins = make_twins(twin, target, draft, {"num_hidden_layers": twin_num_layers})
+    assert_same_function((target, draft), twins)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"hidden_size": 12}, "`hidden_size` of the twin must be at least 24, got 12"),
+        ({"num_hidden_layers": 2}, "`num_hidden_layers` of the twin must be at least 3, got 2"),
+        ({"head_dim": 20}, r"`head_dim` of the twin must be a multiple of the small model's \(8\), got 20"),
+        (
+            {"num_attention_heads": 5, "num_key_value_heads": 5},
+            "`num_key_value_heads` must be at least 4 with 1 query",
+        ),
+        ({"num_attention_heads": 4, "num_key_value_heads": 1}, "`num_key_value_heads` of the twin must be at least 2"),
+        ({"tie_word_embeddings": True}, "`tie_word_embeddings` of the twin must be False"),
+    ],
+)
+def test_a_shape_that_does_not_hold_the_target_is_refused(twin, shape, message):
+    target = make_target()
+    if "num_key_value_heads` must" in message:
+        target = make_target(num_attention_heads=4, num_key_value_heads=2)
+    with pytest.raises(ValueError, match=message):
+        twin.widen_target(target, twin.TwinShape(**TWIN_SHAPE | shape))
+
+
+@pytest.mark.parametrize(
+    ("name", "mla_sizes", "message"),
+    [
+        ("mla", {"mla_latent_dim": 20}, r"`mla_latent_dim` of the twin must be a multiple of .* \(6\), got 20"),
+        ("mla", {"mla_rope_dim": 8}, r"`mla_rope_dim` of the twin must be a multiple of .* \(0\), got 8"),
+        ("mla", {"mla_q_lora_rank": 8}, r"`mla_q_lora_rank` of the twin must be a multiple of .* \(0\), got 8"),
+        ("decoupled", {"mla_rope_dim": 0}, r"`mla_rope_dim` of the twin must be a multiple of .* \(4\), got 0"),
+        ("gqa", {"mla_latent_dim": 8}, "mla_latent_dim.* belong to"),
+    ],
+)
+def test_sizes_that_do_not_hold_the_head_are_refused(twin, name, mla_sizes, message):
+    target = make_target()
+    draft = make_draft(target, **DRAFTS[name][0])
+    with pytest.raises(ValueError, match=message):
+        make_twins(twin, target, draft, mla_sizes=mla_sizes)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 32}, r"`hidden_size` must be its target's \(24\), got 32"),
+        ({"target_num_hidden_layers": None}, "`target_num_hidden_layers` must be known"),
+        ({"vocab_size": 40}, r"`vocab_size` must be the head's \(40\), got 31"),
+    ],
+)
+def test_heads_that_cannot_be_widened_are_refused(twin, fields, message):
+    target = make_target()
+    draft = make_draft(target, mla_latent_dim=6)
+    config = Eagle3MLAConfig.from_target(target.config, mla_latent_dim=6, draft_vocab_size=29, **fields)
+    with pytest.raises(ValueError, match=message):
+        twin.twin_draft_config(config, draft.config, {})
