@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from reference_generation import set_tree
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
@@ -160,7 +161,7 @@ def assert_same_function(models, twins):
 def generate(target, draft, **settings):
     """A text, and what each round accepted."""
     torch.manual_seed(3)
-    text = target.generate(make_prompt(7)[:1], assistant_model=draft, max_new_tokens=40, **settings)
+    text = target.generate(make_prompt(7)[:1], assistant_model=draft, max_new_tokens=16, **settings)
     return text.tolist(), draft.speculation_stats.acceptance_lengths
 
 
@@ -185,14 +186,13 @@ def test_a_twin_may_be_tied_as_the_small_target(twin):
     assert_same_function((target, draft), twins)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize(("fields", "mla_sizes"), DRAFTS.values(), ids=DRAFTS)
-def test_a_twin_of_any_head_computes_the_same(twin, fields, mla_sizes, attention):
+def test_a_twin_of_any_head_computes_the_same(twin, fields, mla_sizes):
     target = make_target()
     draft = make_draft(target, **fields)
-    draft.config._attn_implementation = attention
+    draft.config._attn_implementation = "eager"
     twins = make_twins(twin, target, draft, mla_sizes=mla_sizes)
-    assert twins[1].config._attn_implementation == attention
+    assert twins[1].config._attn_implementation == "eager"
     assert_same_function((target, draft), twins)
 
 
@@ -213,20 +213,44 @@ def test_a_twin_writes_and_accepts_what_the_small_models_do(twin, name, settings
     fields, mla_sizes = DRAFTS[name]
     target = make_target()
     draft = make_draft(target, **fields)
-    draft.generation_config.update(num_assistant_tokens=12, assistant_tree_top_k=3, assistant_tree_depth=4)
+    set_tree(draft, num_nodes=30, top_k=25, depth=2)
     twins = make_twins(twin, target, draft, mla_sizes=mla_sizes)
     text, acceptance_lengths = generate(target, draft, **settings)
-    assert max(acceptance_lengths) > 1
+    assert max(acceptance_lengths) > min(acceptance_lengths)
     assert generate(*twins, **settings) == (text, acceptance_lengths)
 
 
-def test_a_twin_decodes_in_single_precision(twin):
+def test_the_command_makes_a_twin_of_the_released_head(twin, tmp_path, monkeypatch, capsys):
+    """In fp32, with the weights as they are loaded by whoever measures: trained ones, which accept something."""
+    nano_target = ROOT / "examples" / "nano-target"
+    sizes = "--hidden-size 512 --intermediate-size 640 --num-hidden-layers 10 --num-attention-heads 8"
+    sizes += " --num-key-value-heads 2 --head-dim 128 --mla-latent-dim 128 --dtype float32 --device cpu"
+    paths = ["--target-model-path", str(nano_target), "--draft-checkpoint", str(ROOT), "--output-dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["twin.py", *paths, *sizes.split()])
+    twin.main()
+    assert "model.layers.*.self_attn.o_proj.weight" in capsys.readouterr().out
+    messages = [{"role": "user", "content": "What does the module heapq do?"}]
+    answers = []
+    for target_path, draft_path in [(nano_target, ROOT), (tmp_path / "target", tmp_path / "draft")]:
+        inputs = AutoTokenizer.from_pretrained(target_path).apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        target = LlamaForCausalLM.from_pretrained(target_path, dtype=torch.float32).eval()
+        draft = Eagle3MLADraftModel.from_pretrained(draft_path, dtype=torch.float32).eval()
+        text = target.generate(**inputs, assistant_model=draft, do_sample=False, max_new_tokens=32)
+        answers.append((text.tolist(), draft.speculation_stats.acceptance_lengths))
+    assert answers[0] == answers[1]
+    assert sum(answers[0][1]) > 1.5 * len(answers[0][1])
+
+
+def test_a_twin_may_have_another_dtype(twin):
     target = make_target()
     draft = make_draft(target)
-    twin_target = twin.widen_target(target, twin.TwinShape(**TWIN_SHAPE), torch.float32)
-    twin_draft = twin.widen_draft(draft, twin_target.config, torch.float32)
-    assert twin_target.dtype == twin_draft.dtype == torch.float32
-    assert generate(twin_target, twin_draft, do_sample=False) == generate(target, draft, do_sample=False)
+    twin_target = twin.widen_target(target, twin.TwinShape(**TWIN_SHAPE), torch.bfloat16)
+    twin_draft = twin.widen_draft(draft, twin_target.config, torch.bfloat16)
+    assert twin_target.dtype == twin_draft.dtype == torch.bfloat16
+    weight = twin_target.model.layers[0].mlp.gate_proj.weight[:40, :24]
+    torch.testing.assert_close(weight, target.model.layers[0].mlp.gate_proj.weight.bfloat16(), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("name", DRAFTS)
@@ -252,13 +276,11 @@ def test_only_zeros_that_are_needed_are_zeros(twin, name):
 def test_the_share_of_zeros_is_that_of_the_layouts(twin):
     target = make_target()
     shares = twin.zero_shares(twin.widen_target(target, twin.TwinShape(**TWIN_SHAPE)))
-    assert shares["model.embed_tokens.weight"] == pytest.approx(1 - 24 / 60)
-    # Three layers of nine have 40 neurons of 100; half of the others are silenced before, half behind.
-    assert shares["model.layers.*.mlp.up_proj.weight"] == pytest.approx((3 * 0.3 + 6 * 0.5) / 9)
-    silenced = 60 * 50
-    assert shares["model.layers.*.mlp.down_proj.weight"] == pytest.approx(
-        (3 * (36 * 40 + 60 * 30) + 6 * silenced) / (9 * 60 * 100)
-    )
+    assert shares["model.embed_tokens.weight"] == pytest.approx(1 - 30 / 31 * 24 / 60)  # a token pads
+    # 24 of 60 inputs are no zeros. Three layers of nine have 40 neurons of 100; every second of the others is silenced
+    # by `up_proj`, the rest by `down_proj`, which also writes zeros beside the 24.
+    assert shares["model.layers.*.mlp.up_proj.weight"] == pytest.approx((3 * 0.3 + 6 * 0.5) / 9 * 24 / 60)
+    assert shares["model.layers.*.mlp.down_proj.weight"] == pytest.approx((3 * (0.3 + 0.4 * 36 / 60) + 6 * 0.5) / 9)
 
 
 @pytest.mark.parametrize(("num_layers", "twin_num_layers"), [(2, 7), (3, 4), (4, 32), (6, 32), (8, 32), (32, 80)])
@@ -283,20 +305,22 @@ def test_where_default_places_do_not_fit_added_layers_come_last(twin, num_layers
         ({"hidden_size": 12}, "`hidden_size` of the twin must be at least 24, got 12"),
         ({"num_hidden_layers": 2}, "`num_hidden_layers` of the twin must be at least 3, got 2"),
         ({"head_dim": 20}, r"`head_dim` of the twin must be a multiple of the small model's \(8\), got 20"),
-        (
-            {"num_attention_heads": 5, "num_key_value_heads": 5},
-            "`num_key_value_heads` must be at least 4 with 1 query",
-        ),
         ({"num_attention_heads": 4, "num_key_value_heads": 1}, "`num_key_value_heads` of the twin must be at least 2"),
         ({"tie_word_embeddings": True}, "`tie_word_embeddings` of the twin must be False"),
     ],
 )
 def test_a_shape_that_does_not_hold_the_target_is_refused(twin, shape, message):
     target = make_target()
-    if "num_key_value_heads` must" in message:
-        target = make_target(num_attention_heads=4, num_key_value_heads=2)
     with pytest.raises(ValueError, match=message):
         twin.widen_target(target, twin.TwinShape(**TWIN_SHAPE | shape))
+
+
+def test_groups_that_do_not_fit_are_refused(twin):
+    """Three query heads of a group need two groups of two."""
+    target = make_target(num_attention_heads=6, num_key_value_heads=2)
+    shape = twin.TwinShape(**TWIN_SHAPE | {"num_attention_heads": 6, "num_key_value_heads": 3})
+    with pytest.raises(ValueError, match=r"`num_key_value_heads` must be at least 4 .* got 3"):
+        twin.widen_target(target, shape)
 
 
 @pytest.mark.parametrize(
