@@ -283,6 +283,18 @@ def test_the_share_of_zeros_is_that_of_the_layouts(twin):
     assert shares["model.layers.*.mlp.down_proj.weight"] == pytest.approx((3 * (0.3 + 0.4 * 36 / 60) + 6 * 0.5) / 9)
 
 
+def test_layouts_decide_what_a_matrix_holds(twin):
+    """An entry held twice is read as the mean; random values, here ones, stay where nothing reads them."""
+    widening = sys.modules["widening"]
+    rows = widening.Layout(torch.tensor([0, widening.ZERO, widening.NOISE]))
+    columns = widening.Layout(torch.tensor([1, 0, 1, widening.ZERO, widening.NOISE]))
+    weight, bias = torch.ones(3, 5), torch.ones(3)
+    widening.write_matrix(weight, torch.tensor([[4.0, 6.0]]), rows, columns, scale=2.0)
+    assert weight.tolist() == [[6, 8, 6, 1, 0], [0, 0, 0, 1, 0], [1, 1, 1, 1, 1]]
+    widening.write_vector(bias, torch.tensor([4.0]), rows, scale=2.0)
+    assert bias.tolist() == [8, 0, 1]
+
+
 @pytest.mark.parametrize(("num_layers", "twin_num_layers"), [(2, 7), (3, 4), (4, 32), (6, 32), (8, 32), (32, 80)])
 def test_default_places_of_a_head_stay_default_places(twin, num_layers, twin_num_layers):
     config = Eagle3MLAConfig(target_num_hidden_layers=num_layers)
