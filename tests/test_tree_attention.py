@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -221,3 +222,67 @@ def test_kernels_give_zeros_to_nodes_that_see_nothing_in_the_interpreter(option)
     output = attend(**arguments, **options, num_splits=2)
     assert output[:, :, 1::2].eq(0).all()
     assert relative_error(output, attend_tree_by_definition(**arguments, **options).double()) <= 2e-5
+
+
+def test_double_precision_and_very_wide_heads_never_reach_the_kernels(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    narrow, wide = torch.zeros(1, 1, 1, 256), torch.zeros(1, 1, 1, 272)
+    assert not module.runs_on_triton(narrow.double(), narrow.double())
+    assert not module.runs_on_triton(narrow, wide)
+    assert not module.runs_on_triton(wide, narrow)
+    assert module.runs_on_triton(narrow, narrow) == (find_spec("triton") is not None)
+
+
+def large(*lengths: int, **sizes) -> Shape:
+    """An 8B model's attention over a tree of 61 nodes."""
+    first = tuple(5 * row for row in range(len(lengths)))
+    defaults = {"num_heads": 32, "num_groups": 8, "num_nodes": 61, "key_dim": 128, "value_dim": 128, "spare": 3000}
+    return Shape(lengths=lengths, first=first, **(defaults | sizes))
+
+
+LARGE = [large(512), large(3000), large(33000), large(700, 3000, 17)]
+WIDTHS = [(64, 64), (80, 80), (96, 96), (192, 128), (256, 256)]
+ODD = [large(777, 300, key_dim=key_dim, value_dim=value_dim) for key_dim, value_dim in WIDTHS]
+ODD += [
+    large(1000, 90, num_heads=14, num_groups=2, num_nodes=33),
+    large(1000, 90, num_heads=8, num_groups=8, num_nodes=1),
+    large(1000, 90, num_heads=8, num_groups=1, num_nodes=128),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("shape", [*LARGE, *ODD], ids=str)
+def test_kernels_equal_the_definition_on_a_gpu(shape, dtype):
+    compare_with_definition(shape, dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("option", random_options(32))
+def test_windows_softcaps_and_sinks_equal_the_definition_on_a_gpu(option, dtype):
+    options = on_device(random_options(32)[option], "cuda")
+    compare_with_definition(large(3000, 90, 700), dtype, "cuda", **options)
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_serves_every_length_and_nothing_waits_for_the_device():
+    shape = large(2500, 2500)
+    arguments, _ = random_case(shape, torch.float32)
+    for name in ("keys", "values"):
+        arguments[name] = torch.randn_like(arguments[name])
+    arguments = on_device(arguments, "cuda")
+    attend_tree(**arguments)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        attend_tree(**arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = attend_tree(**arguments)
+    for lengths in ([2500, 2500], [0, 77], [64, 2400]):
+        arguments["lengths"].copy_(torch.tensor(lengths))
+        graph.replay()
+        assert relative_error(output, attend_tree_by_definition(**arguments).double()) <= 2e-5
