@@ -45,7 +45,8 @@ def attend_tree(
             in slot `lengths + i`. At most `K - N`.
         first (integer `torch.Tensor` of shape `(B,)`): The first slot of each row that is not padding.
         attends (boolean `torch.Tensor` of shape `(B, N, N)`): Whether a node (row) attends to a node (column).
-        depths (integer `torch.Tensor` of shape `(B, N)`): Steps of each node from the root.
+        depths (integer `torch.Tensor` of shape `(B, N)`): Steps of each node from the root. Parents come
+            before their children, so that a node's depth is at most its index.
         scaling (`float`): Of the scores.
         window (`int`, *optional*): A query sees what lies less than so many positions before it. A committed token's
             position is its slot, a node's is `lengths + depths`.

@@ -125,14 +125,14 @@ def attend(
 
 
 def choose_tiling(num_rows: int, width: int, bytes_per_element: int) -> Tiling:
-    """Tiles that leave room for a second program on a multiprocessor, or at least fit: see the bytes of one row."""
-    row_bytes = padded_width(width) * bytes_per_element
-    rows = min(max(triton.next_power_of_2(num_rows), 16), 64)
-    if row_bytes <= 256:
-        return Tiling(rows, keys=64, num_warps=4, num_stages=2)
-    if row_bytes <= 512:
-        return Tiling(rows, keys=32, num_warps=8, num_stages=1)
-    return Tiling(min(rows, 32), keys=16, num_warps=8, num_stages=1)
+    """Tiles whose operands stay in registers and, in two stages, in the shared memory of a multiprocessor."""
+    rows = max(triton.next_power_of_2(num_rows), 16)
+    if bytes_per_element > 2:
+        # Products of exact float32 take no tensor core and hold their operands in registers.
+        return Tiling(min(rows, 32), keys=16, num_warps=8, num_stages=1)
+    if padded_width(width) <= 128:
+        return Tiling(min(rows, 64), keys=64, num_warps=4, num_stages=2)
+    return Tiling(min(rows, 64), keys=32, num_warps=8, num_stages=2)
 
 
 def choose_num_splits(num_programs: int, num_tiles: int, device: torch.device) -> int:
@@ -216,8 +216,8 @@ def _attend_kernel(
     begin = first
     if HAS_WINDOW:
         least_depth = tl.min(tl.where(is_row, depth, 2**30), axis=0)
-        # Slots of nodes are no positions: none of them is left out.
-        begin = tl.maximum(begin, tl.minimum(length + least_depth - window + 1, length))
+        # Also right for nodes: none is deeper than its place in the tree, so no slot lies before its position.
+        begin = tl.maximum(begin, length + least_depth - window + 1)
     begin_tile, end_tile = begin // BLOCK_SLOTS, tl.cdiv(end, BLOCK_SLOTS)
     share = tl.cdiv(tl.maximum(end_tile - begin_tile, 0), tl.num_programs(1))
     begin_tile += split * share

@@ -67,8 +67,8 @@ def random_buffer(shape: Shape, width: int, dtype: torch.dtype) -> torch.Tensor:
     return buffer[..., :width].transpose(1, 2)
 
 
-def random_case(shape: Shape, dtype: torch.dtype = torch.float64) -> dict:
-    """Arguments of `attend_tree`, and `parents` beside them."""
+def random_case(shape: Shape, dtype: torch.dtype = torch.float64) -> tuple[dict, torch.Tensor]:
+    """Arguments of `attend_tree`, and the nodes' parents `(B, N)`."""
     batch_size = len(shape.lengths)
     parents = random_parents(batch_size, shape.num_nodes)
     attends, depths = tree_masks(parents)
@@ -204,6 +204,20 @@ def test_windows_softcaps_and_sinks_equal_the_definition_in_the_interpreter(opti
     pytest.importorskip("triton")
     shape = Shape(lengths=(200, 70), first=(150, 0), num_nodes=20)
     compare_with_definition(shape, torch.float32, num_splits=2, **random_options(4)[option])
+
+
+@in_interpreter
+def test_deep_nodes_whose_window_begins_among_the_nodes_equal_the_definition_in_the_interpreter():
+    """A chain of several blocks of rows: the last block reads neither the text nor the first nodes."""
+    pytest.importorskip("triton")
+    from eagle3_mla.generation.tree_attention_triton import attend
+
+    shape = Shape(lengths=(10,), first=(0,), num_heads=1, num_groups=1, num_nodes=90)
+    arguments, _ = random_case(shape, torch.float32)
+    arguments["attends"] = torch.ones(1, 90, 90, dtype=torch.bool).tril()
+    arguments["depths"] = torch.arange(90)[None]
+    expected = attend_tree_by_definition(**arguments, window=3).double()
+    assert relative_error(attend(**arguments, window=3, num_splits=2), expected) <= 2e-5
 
 
 @in_interpreter
