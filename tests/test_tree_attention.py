@@ -142,7 +142,7 @@ def test_a_node_that_sees_nothing_gets_zeros():
 
 
 def on_device(arguments: dict, device: str) -> dict:
-    """Strides are kept."""
+    """On another device; the order of the axes in memory is kept."""
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in arguments.items()}
 
 
