@@ -172,17 +172,47 @@ def _load_chunks(pointer, row_offset, is_row, NUM_CHUNKS: tl.constexpr, CHUNK: t
 
 
 @triton.jit
-def _rotated_keys(tiles, matrices, position, inv_freq, attention_scaling, PRECISION: tl.constexpr):
-    """Both halves of the rotated keys of a tile, `(L, d / 2)` each, float32."""
+def _cos_sin(angle):
+    """Cosine and sine to 1e-7, of float32 up to 1e5: those of the library need too many registers for large angles."""
+    quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
+    # A quarter turn in three parts, of which the first two have few enough bits for exact products.
+    rest = angle - quarters * 1.5703125 - quarters * 0.0004825592041015625 - quarters * 1.2675907950567174e-06
+    square = rest * rest
+    cos = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
+    sin = rest * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))))
+    quarter = quarters.to(tl.int32)
+    is_odd = (quarter & 1) != 0
+    turned_cos, turned_sin = tl.where(is_odd, sin, cos), tl.where(is_odd, cos, sin)
+    return (
+        tl.where(((quarter + 1) & 2) != 0, -turned_cos, turned_cos),
+        tl.where((quarter & 2) != 0, -turned_sin, turned_sin),
+    )
+
+
+@triton.jit
+def _angles(position, inv_freq):
+    """Cosines and sines of RoPE at `position (L,)`, `(L, d / 2)` each."""
+    return _cos_sin(position.to(tl.float32)[:, None] * inv_freq[None, :])
+
+
+@triton.jit
+def _turned(angles, turn):
+    """Cosines and sines of the sums of two angles: from tile to tile all angles grow by the same."""
+    cos, sin = angles
+    turn_cos, turn_sin = turn
+    return cos * turn_cos - sin * turn_sin, sin * turn_cos + cos * turn_sin
+
+
+@triton.jit
+def _keys(tiles, matrices, PRECISION: tl.constexpr):
+    """Both halves of the keys of a tile before they are rotated, `(L, d / 2)` each, float32."""
     NUM_CHUNKS: tl.constexpr = len(tiles)
     first = tl.dot(tiles[0], matrices[0], input_precision=PRECISION)
     second = tl.dot(tiles[0], matrices[NUM_CHUNKS], input_precision=PRECISION)
     for chunk in tl.static_range(1, NUM_CHUNKS):
         first = tl.dot(tiles[chunk], matrices[chunk], first, input_precision=PRECISION)
         second = tl.dot(tiles[chunk], matrices[NUM_CHUNKS + chunk], second, input_precision=PRECISION)
-    angle = position.to(tl.float32)[:, None] * inv_freq[None, :]
-    cos, sin = tl.cos(angle) * attention_scaling, tl.sin(angle) * attention_scaling
-    return first * cos - second * sin, second * cos + first * sin
+    return first, second
 
 
 @triton.jit
@@ -210,6 +240,7 @@ def _attend_tile(
     queries,
     matrices,
     inv_freq,
+    angles,
     c_kv_ptr,
     k_rope_ptr,
     sees_ptr,
@@ -249,11 +280,14 @@ def _attend_tile(
     drafted = slot - (length - num_drafted)
     is_drafted = is_held & (drafted >= 0)
     if IS_ROTATED:
-        position = slot - first_slot
+        cos, sin = angles
         if IS_LAST:
             drafted_position = tl.load(positions_ptr + drafted, mask=is_drafted, other=0)
-            position = tl.where(is_drafted, drafted_position, position)
-        first, second = _rotated_keys(tiles, matrices, position, inv_freq, attention_scaling, PRECISION)
+            position = tl.where(is_drafted, drafted_position, slot - first_slot)
+            cos, sin = _angles(position, inv_freq)
+        first, second = _keys(tiles, matrices, PRECISION)
+        cos, sin = cos * attention_scaling, sin * attention_scaling
+        first, second = first * cos - second * sin, second * cos + first * sin
         scores = tl.dot(first.to(queries[0].dtype), queries[0], input_precision=PRECISION)
         scores = tl.dot(second.to(queries[1].dtype), queries[1], scores, input_precision=PRECISION)
     else:
@@ -336,16 +370,19 @@ def _part_kernel(
     entry, key_entry = tl.arange(0, CHUNK), tl.arange(0, BLOCK_KEY)
     is_key_entry = key_entry < KEY_DIM
     matrices = ()
-    inv_freq = tl.zeros([BLOCK_KEY], tl.float32)
+    inv_freq, angles, turn = 0.0, (), ()
     if IS_ROTATED:
-        first_half = _load_transposed(query_ptr, query_offset, is_row, key_entry, is_key_entry)
-        second_half = _load_transposed(query_ptr + KEY_DIM, query_offset, is_row, key_entry, is_key_entry)
-        queries = (first_half, second_half)
+        queries = (
+            _load_transposed(query_ptr, query_offset, is_row, key_entry, is_key_entry),
+            _load_transposed(query_ptr + KEY_DIM, query_offset, is_row, key_entry, is_key_entry),
+        )
         w_offset = (group * 2 * KEY_DIM + key_entry) * LATENT_DIM
         matrices = _load_chunks(w_uk_ptr, w_offset, is_key_entry, NUM_CHUNKS, CHUNK)
         w_offset += KEY_DIM * LATENT_DIM
         matrices = matrices + _load_chunks(w_uk_ptr, w_offset, is_key_entry, NUM_CHUNKS, CHUNK)
         inv_freq = tl.load(inv_freq_ptr + key_entry, mask=is_key_entry, other=0.0)
+        angles = _angles(begin * BLOCK_SLOTS - first_slot + tl.arange(0, BLOCK_SLOTS), inv_freq)
+        turn = _cos_sin(BLOCK_SLOTS * inv_freq[None, :])
     else:
         rope = _load_transposed(query_ptr + LATENT_DIM, query_offset, is_row, key_entry, is_key_entry)
         queries = _load_chunks(query_ptr, query_offset, is_row, NUM_CHUNKS, CHUNK) + (rope,)  # noqa: RUF005
@@ -371,6 +408,7 @@ def _part_kernel(
             queries,
             matrices,
             inv_freq,
+            angles,
             c_kv_ptr,
             k_rope_ptr,
             sees_ptr,
@@ -393,6 +431,8 @@ def _part_kernel(
             BLOCK_SLOTS,
             PRECISION,
         )
+        if IS_ROTATED:
+            angles = _turned(angles, turn)
     for tile in tl.range(last, end, num_stages=1):
         sums, maximum, total = _attend_tile(
             sums,
@@ -402,6 +442,7 @@ def _part_kernel(
             queries,
             matrices,
             inv_freq,
+            angles,
             c_kv_ptr,
             k_rope_ptr,
             sees_ptr,
