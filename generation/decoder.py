@@ -33,7 +33,7 @@ from .traces import Traces
 from .transcript import Transcript
 from .tree import DraftTree
 from .verification import TextsInStep, Verdict, read_tree
-from .windows import forget_unseen, uneven_windows
+from .windows import forget_unseen, recorded_past, uneven_windows
 
 
 @torch.no_grad()
@@ -129,8 +129,6 @@ def decode(
     model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs)
     cache = outputs.past_key_values
     del outputs
-    # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
-    cache.activate_past_recording()
     mask = model_kwargs.get("attention_mask")
     memory = DraftMemory.of_prompt(captured.take(), transcript.input_ids, mask, draft_window(draft))
     stats.target_calls, stats.new_tokens = 1, len(transcript.input_ids)
@@ -141,7 +139,8 @@ def decode(
     texts = RaggedTexts(transcript) if may_differ else TextsInStep(transcript)
     sizes = sizes_for(draft, target, largest_plan(draft, target), len(transcript.input_ids))
     max_length = transcript.stopping_criteria.max_length
-    with uneven_windows(cache) if texts.lengths else nullcontext():
+    # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
+    with recorded_past(cache), uneven_windows(cache) if texts.lengths else nullcontext():
         while not transcript.is_finished:
             plan = sizes.begin_round().at_most(transcript.max_new_tokens - 1)
             tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, texts.noise)
