@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .branching import can_branch
 from .caches import keep_path
+from .continuations import num_omitted
 from .drafting import draft_tree
 from .memory import DraftMemory
 from .metrics import SpeculationStats
@@ -58,7 +59,8 @@ def generate(
     Args:
         target (`PreTrainedModel`): The model whose text is generated.
         draft ([`Eagle3MLADraftModel`]): The head; its `generation_config` says how large the trees are.
-        input_ids (`torch.LongTensor` of shape `(B, T)`): The prompts, padded on the left.
+        input_ids (`torch.LongTensor` of shape `(B, T)`): The prompts, padded on the left; beside a cache that is
+            filled, as in plain generation, the whole texts or what is new of them.
         logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs:
             As `generate()` prepared them.
         inputs_tensor, tokenizer, assistant_tokenizer:
@@ -74,8 +76,6 @@ def generate(
     **Effects**: `draft.speculation_stats` is replaced. The random generator ends where plain sampling leaves it.
     """
     check_call(target, draft, generation_config, synced_gpus, model_kwargs)
-    mask, max_length = model_kwargs.get("attention_mask"), stopping_criteria.max_length
-    check_rope(target, input_ids, mask, max_length, tree_plan(draft).num_nodes)
     wants_output = generation_config.return_dict_in_generate
     transcript = Transcript(
         input_ids,
@@ -86,7 +86,10 @@ def generate(
         scores=() if wants_output and generation_config.output_scores else None,
         logits=() if wants_output and generation_config.output_logits else None,
         streamer=streamer,
+        num_omitted=num_omitted(input_ids, generation_config, model_kwargs),
     )
+    num_tokens, mask = transcript.num_omitted + input_ids.shape[1], model_kwargs.get("attention_mask")
+    check_rope(target, num_tokens, mask, transcript.max_slots, tree_plan(draft).num_nodes)
     traces = Traces.wanted_by(generation_config)
     stats = draft.speculation_stats = SpeculationStats(times=CallTimes(target.device, draft.device))
     try:
@@ -138,7 +141,6 @@ def decode(
     may_differ = may_differ_in_length(target, transcript, traces.are_wanted)
     texts = RaggedTexts(transcript) if may_differ else TextsInStep(transcript)
     sizes = sizes_for(draft, target, largest_plan(draft, target), len(transcript.input_ids))
-    max_length = transcript.stopping_criteria.max_length
     # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
     with recorded_past(cache), uneven_windows(cache) if texts.lengths else nullcontext():
         while not transcript.is_finished:
@@ -146,7 +148,7 @@ def decode(
             tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, texts.noise)
             tree = texts.fit(tree, plan.depth)
             with captured:
-                outputs, logits = read_tree(target, tree, texts.ids, model_kwargs, texts.lengths, max_length)
+                outputs, logits = read_tree(target, tree, texts.ids, model_kwargs, texts.lengths, transcript.max_slots)
             verdict = texts.accept(tree, logits)
             traces.add_path(target, outputs, verdict.path)
             model_kwargs = keep(target, tree, verdict, outputs, model_kwargs)

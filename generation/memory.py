@@ -62,15 +62,16 @@ class DraftMemory:
         The prompt's rows, all pending, without those of its padding.
 
         Args:
-            states (`torch.Tensor` of shape `(B, T, D)`): The target's, of the prompt, fused.
-            input_ids (`torch.LongTensor` of shape `(B, T + 1)`): The prompt and the first new token.
-            mask (`torch.Tensor` of shape `(B, T + 1)`, *optional*): 0 where a position is padding.
+            states (`torch.Tensor` of shape `(B, T, D)`): The target's, of what it read of the prompt, fused.
+            input_ids (`torch.LongTensor` of shape `(B, T + 1 or more)`): The prompt and the first new token.
+            mask (`torch.Tensor` of shape `(B, T + 1 or more)`, *optional*): 0 where a position is padding.
             window ([`DraftWindow`], *optional*): What a row sees of its past; `None`: all.
         """
         batch_size, num_states = states.shape[:2]
+        input_ids = input_ids[:, -num_states - 1 :]
         is_token = torch.ones_like(input_ids, dtype=torch.bool)
         if mask is not None:
-            is_token = mask.to(input_ids.device).bool()
+            is_token = mask[:, -num_states - 1 :].to(input_ids.device).bool()
             is_token = is_token | ~is_token[:, :-1].any(dim=1, keepdim=True)  # a prompt of nothing else is read
         num_tokens = is_token.sum(dim=1).tolist()
         if min(num_tokens) <= num_states:
