@@ -21,14 +21,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from .branching import can_branch
 from .caches import keep_path
-from .continuations import num_omitted
+from .continuations import Beginning, num_omitted
 from .drafting import draft_tree
-from .memory import DraftMemory
 from .metrics import SpeculationStats
 from .ragged import RaggedTexts
 from .rope_limit import check_rope
 from .sizing import sizes_for
-from .support import TreePlan, check_call, draft_window, may_differ_in_length, pad_token, tree_plan
+from .support import TreePlan, check_call, may_differ_in_length, pad_token, tree_plan
 from .timing import CallTimes
 from .traces import Traces
 from .transcript import Transcript
@@ -125,6 +124,7 @@ def decode(
     **Effects**: fills `transcript`, `traces` and `stats`.
     """
     captured = draft.capture_fused_states(target)
+    beginning = Beginning.of_call(draft, model_kwargs["past_key_values"], transcript.input_ids, transcript.num_omitted)
     with captured, stats.times.prefill:
         outputs = target._prefill(transcript.input_ids, generation_config, model_kwargs)
     transcript.extend(outputs.logits[:, -1].to(dtype=torch.float32, device=transcript.input_ids.device, copy=True))
@@ -133,7 +133,7 @@ def decode(
     cache = outputs.past_key_values
     del outputs
     mask = model_kwargs.get("attention_mask")
-    memory = DraftMemory.of_prompt(captured.take(), transcript.input_ids, mask, draft_window(draft))
+    memory = beginning.memory(draft, target, captured.take(), transcript.input_ids, mask)
     stats.target_calls, stats.new_tokens = 1, len(transcript.input_ids)
     transcript.flush()
     stats.times.begin_rounds(target, draft)
@@ -163,6 +163,7 @@ def decode(
             sizes.end_round(plan, verdict.walks)
             transcript.flush()
     stats.new_tokens -= texts.num_discarded
+    beginning.remember(draft, cache, memory, transcript.input_ids, mask)
     return cache
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
-from .caches import cache_bytes, drop_positions, keep_path, new_draft_cache
+from .caches import cache_bytes, drop_positions, forget_last, keep_path, new_draft_cache
 from .draft_window import DraftWindow
 
 # Pending rows of a sequence that the draft reads at once.
@@ -42,6 +42,7 @@ class DraftMemory:
         num_rows (`list[int]`): Rows of each sequence that the draft has read.
         cache (`Cache`): Latents of rows from true states of the target.
         window ([`DraftWindow`], *optional*): What a row sees of its past; `None`: all.
+        first_slot (`int`, *optional*, defaults to 0): The slot of the target's cache of the first token with a row.
     """
 
     pending_states: Tensor
@@ -50,6 +51,7 @@ class DraftMemory:
     num_rows: list[int]
     cache: Cache = field(default_factory=new_draft_cache)
     window: DraftWindow | None = None
+    first_slot: int = 0
 
     def __post_init__(self):
         self.num_dropped = [0] * len(self.num_rows)
@@ -124,6 +126,30 @@ class DraftMemory:
             self.pending_tokens = self.pending_tokens.gather(1, rows)
             rows = rows.to(self.pending_states.device)[..., None]
             self.pending_states = self.pending_states.gather(1, rows.expand(-1, -1, self.pending_states.shape[-1]))
+
+    def can_go_on(self, num_rows: list[int], prompt: "DraftMemory") -> bool:
+        """Whether the first `num_rows` of each sequence are there, and rows of `prompt` can follow."""
+        if self.window != prompt.window or self.pending_states.device != prompt.pending_states.device:
+            return False
+        if self.pending_states.dtype != prompt.pending_states.dtype:
+            return False
+        sink = self.window.sink if self.window else 0
+        num_known = [read + pending for read, pending in zip(self.num_rows, self.num_pending, strict=True)]
+        num_least = [dropped + sink if dropped else 0 for dropped in self.num_dropped]
+        return all(least <= count <= known for least, count, known in zip(num_least, num_rows, num_known, strict=True))
+
+    def go_on(self, draft, target: PreTrainedModel, num_rows: list[int], prompt: "DraftMemory") -> None:
+        """
+        Keeps the first `num_rows` of each sequence; the pending rows of `prompt` follow.
+
+        **Effects**: the rows that were pending are read first.
+        """
+        if self.pending_tokens.shape[1] > 0:
+            self.read(draft, target)
+        self.num_rows = list(num_rows)
+        forget_last(self.cache, self.cache.get_seq_length() - max(self.num_held))
+        self.pending_states, self.pending_tokens = prompt.pending_states, prompt.pending_tokens
+        self.num_pending = list(prompt.num_pending)
 
     def read(self, draft, target: PreTrainedModel):
         """
@@ -204,7 +230,9 @@ class DraftMemory:
         num_slots = self.cache.get_seq_length()
         if self.window is None or num_slots + num_columns <= self.window.sink + self.window.size + WINDOW_CHUNK_ROWS:
             return
-        before, self.num_dropped = self.num_dropped, [self.window.num_unseen(count) for count in self.num_rows]
+        # Never fewer than before: sequences may have become shorter.
+        before, num_unseen = self.num_dropped, map(self.window.num_unseen, self.num_rows)
+        self.num_dropped = list(map(max, before, num_unseen))
         counts = [now - then for now, then in zip(self.num_dropped, before, strict=True)]
         drop_positions(self.cache, self.window.sink, counts, max(self.num_held))
 

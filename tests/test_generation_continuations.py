@@ -1,6 +1,8 @@
 """Caches that are filled when a call begins, and how a call leaves them: as in plain generation."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -13,6 +15,9 @@ from reference_generation import (
     set_tree,
 )
 from transformers import DynamicCache, StaticCache
+
+from eagle3_mla.generation import continuations, decoder
+from eagle3_mla.generation import memory as memories
 
 SHAPES = {"chain": (5, 1), "tree": (12, 3)}
 LENGTHS = {"B1": [14], "B3": [14, 5, 3]}
@@ -60,6 +65,10 @@ def read(target, prompt, num_tokens: int):
     return run(target, prefix, max_new_tokens=1, do_sample=False)[0].past_key_values
 
 
+def memory_of(draft, cache):
+    return continuations._remembered[draft][cache].memory
+
+
 def assert_same_turn(target, draft, prompt, cache, seed=0, **settings):
     """Texts, scores, cache and random generator of a call that continues `cache`; its own output."""
     plain_cache, number = copy.deepcopy(cache), cache.get_seq_length()
@@ -86,6 +95,7 @@ def test_later_turns_are_those_of_plain_generation(name, shape, settings):
             outputs = assert_same_turn(target, draft, prompt, cache, seed=turn, **settings)
             num_accepted += sum(draft.speculation_stats.accepted_by_depth) if turn else 0
             prompt = next_turn(prompt, outputs.sequences, settings.get("eos_token_id"))
+            assert memory_of(draft, cache).first_slot == 0
     assert num_accepted > 0
 
 
@@ -143,3 +153,133 @@ def test_cache_of_another_class_is_refused_by_name():
         target.generate(
             **make_prompts([4]), past_key_values=cache, max_new_tokens=3, assistant_model=make_draft(target)
         )
+
+
+@pytest.fixture
+def drafted(monkeypatch):
+    """The trees of all rounds, `(tokens, parents)`."""
+    trees, read_tree = [], decoder.read_tree
+
+    def note(target, tree, *args, **kwargs):
+        trees.append((tree.token_ids.tolist(), tree.parents.tolist()))
+        return read_tree(target, tree, *args, **kwargs)
+
+    monkeypatch.setattr(decoder, "read_tree", note)
+    return trees
+
+
+KNOBS = [{}, {"draft_window": 3, "draft_window_sink": 1}, {"draft_window": 12}]
+
+
+@pytest.mark.parametrize("num_cropped", [0, 1, 4])
+@pytest.mark.parametrize("knobs", KNOBS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_drafts_of_a_later_turn_are_those_of_the_whole_text(lengths, shape, knobs, num_cropped, drafted, monkeypatch):
+    """Rows that are missing, doubled or at other positions cost acceptance only; nobody would see it."""
+    monkeypatch.setattr(memories, "WINDOW_CHUNK_ROWS", 4 if num_cropped == 0 else 256)
+    target, prompt = TARGETS["llama"]().eval().double(), make_prompts(lengths)
+    draft, cache = set_tree(make_draft(target).double(), *shape), DynamicCache()
+    for knob, value in knobs.items():
+        setattr(draft.generation_config, knob, value)
+    for _ in range(3):
+        outputs, _ = run(target, prompt, past_key_values=cache, assistant_model=draft, do_sample=True)
+        later = list(drafted)
+        drafted.clear()
+        whole, _ = run(target, prompt, assistant_model=draft, do_sample=True)
+        assert whole.sequences.tolist() == outputs.sequences.tolist()
+        assert later == drafted
+        drafted.clear()
+        if num_cropped > 0:
+            cache.crop(-num_cropped)
+        prompt = next_turn(prompt, outputs.sequences)
+
+
+def test_question_may_be_asked_again_after_a_crop():
+    target, prompt = TARGETS["llama"]().eval(), make_prompts(LENGTHS["B3"])
+    draft, cache = set_tree(make_draft(target), 12, 3), DynamicCache()
+    outputs = assert_same_turn(target, draft, prompt, cache, do_sample=True)
+    num_before = cache.get_seq_length()
+    for seed in range(3):
+        turn = next_turn(prompt, outputs.sequences, num_new=4 + seed)
+        assert_same_turn(target, draft, turn, cache, seed, do_sample=True)
+        assert memory_of(draft, cache).first_slot == 0
+        cache.crop(num_before - cache.get_seq_length())
+
+
+def test_what_is_new_alone_goes_on_with_the_rows_of_the_call_before(drafted):
+    target, prompt = TARGETS["llama"]().eval().double(), make_prompts([9, 6])
+    draft, cache = set_tree(make_draft(target).double(), 12, 3), DynamicCache()
+    for _ in range(3):
+        num_omitted = cache.get_seq_length()
+        given = prompt | {"input_ids": prompt["input_ids"][:, num_omitted:]}
+        outputs = assert_same_turn(target, draft, given, cache, do_sample=True)
+        assert memory_of(draft, cache).first_slot == 0
+        later = list(drafted)
+        drafted.clear()
+        run(target, prompt, assistant_model=draft, do_sample=True)
+        assert later == drafted
+        drafted.clear()
+        sequences = torch.cat([prompt["input_ids"][:, :num_omitted], outputs.sequences], dim=1)
+        prompt = next_turn(prompt, sequences)
+
+
+def extend(target, draft, prompt, outputs):
+    """Another call, without the draft, reads on."""
+    prompt = next_turn(prompt, outputs.sequences)
+    outputs, _ = run(target, prompt, past_key_values=outputs.past_key_values, do_sample=True)
+    return next_turn(prompt, outputs.sequences)
+
+
+def reorder(target, draft, prompt, outputs):
+    order = torch.tensor([1, 0, 2])
+    outputs.past_key_values.reorder_cache(order)
+    return next_turn({name: tensor[order] for name, tensor in prompt.items()}, outputs.sequences[order])
+
+
+def select(target, draft, prompt, outputs):
+    outputs.past_key_values.batch_select_indices(torch.tensor([2]))
+    return next_turn({name: tensor[2:] for name, tensor in prompt.items()}, outputs.sequences[2:])
+
+
+def set_window(target, draft, prompt, outputs):
+    draft.generation_config.draft_window = 5
+    return next_turn(prompt, outputs.sequences)
+
+
+@pytest.mark.parametrize("change", [extend, reorder, select, set_window])
+def test_rows_of_another_text_are_left_behind(change):
+    target, prompt = TARGETS["llama"]().eval(), make_prompts(LENGTHS["B3"])
+    draft, cache = set_tree(make_draft(target), 12, 3), DynamicCache()
+    outputs = assert_same_turn(target, draft, prompt, cache, do_sample=True)
+    prompt = change(target, draft, prompt, outputs)
+    num_cached = cache.get_seq_length()
+    outputs = assert_same_turn(target, draft, prompt, cache, do_sample=True)
+    assert memory_of(draft, cache).first_slot == num_cached
+    assert_same_turn(target, draft, next_turn(prompt, outputs.sequences), cache, do_sample=True)
+    assert memory_of(draft, cache).first_slot == num_cached
+
+
+def test_rows_are_forgotten_with_the_cache_and_with_the_draft():
+    target, prompt = TARGETS["llama"]().eval(), make_prompts([5])
+    drafts = [make_draft(target) for _ in range(2)]
+    outputs = [run(target, prompt, assistant_model=draft)[0] for draft in drafts]
+    rows = [weakref.ref(memory_of(draft, each.past_key_values)) for draft, each in zip(drafts, outputs, strict=True)]
+    assert all(each() is not None for each in rows)
+    outputs.pop()
+    gc.collect()
+    assert rows[1]() is None
+    assert len(continuations._remembered[drafts[1]]) == 0
+    drafts.pop(0)
+    gc.collect()
+    assert rows[0]() is None
+
+
+def test_prompt_that_the_draft_never_read_is_not_remembered():
+    """Its rows are still states of the target."""
+    target = TARGETS["llama"]().eval()
+    draft = make_draft(target)
+    for num_tokens in 64, 65:
+        outputs, _ = run(target, make_prompts([num_tokens]), assistant_model=draft, max_new_tokens=1)
+        assert len(continuations._remembered[draft]) == (num_tokens == 64)
+        del outputs
