@@ -100,7 +100,7 @@ def test_later_turns_are_those_of_plain_generation(name, shape, settings):
 
 
 @pytest.mark.parametrize("is_cut", [False, True], ids=["whole", "new"])
-@pytest.mark.parametrize("num_cached", [3, 10, 13])
+@pytest.mark.parametrize("num_cached", [3, 13])
 @pytest.mark.parametrize("name", ["llama", "mistral-window-8", "gpt2", "bloom", "gpt-neo-window-8"])
 def test_cache_of_a_forward_is_continued_from_whole_texts_and_from_what_is_new(name, num_cached, is_cut):
     """A text that ends one token behind the cache, padding that is only cached, and slots that no id stands for."""
@@ -171,7 +171,7 @@ def drafted(monkeypatch):
 KNOBS = [{}, {"draft_window": 3, "draft_window_sink": 1}, {"draft_window": 12}]
 
 
-@pytest.mark.parametrize("num_cropped", [0, 1, 4])
+@pytest.mark.parametrize("num_cropped", [0, 4])
 @pytest.mark.parametrize("knobs", KNOBS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
