@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .branching import can_branch
 from .caches import keep_path
+from .continuations import Beginning, num_omitted
 from .drafting import draft_tree
 from .memory import DraftMemory
 from .metrics import SpeculationStats
@@ -28,13 +29,13 @@ from .ragged import RaggedTexts
 from .rope_limit import check_rope
 from .runtime import decode_at_fixed_shapes, takes_fixed_shapes
 from .sizing import ConstantSize, TreeSizer, sizes_for
-from .support import TreePlan, check_call, draft_window, may_differ_in_length, pad_token, tree_plan
+from .support import TreePlan, check_call, may_differ_in_length, pad_token, tree_plan
 from .timing import CallTimes
 from .traces import Traces
 from .transcript import Transcript
 from .tree import DraftTree
 from .verification import TextsInStep, Verdict, read_tree
-from .windows import forget_unseen, uneven_windows
+from .windows import forget_unseen, recorded_past, uneven_windows
 
 
 @torch.no_grad()
@@ -59,7 +60,8 @@ def generate(
     Args:
         target (`PreTrainedModel`): The model whose text is generated.
         draft ([`Eagle3MLADraftModel`]): The head; its `generation_config` says how large the trees are.
-        input_ids (`torch.LongTensor` of shape `(B, T)`): The prompts, padded on the left.
+        input_ids (`torch.LongTensor` of shape `(B, T)`): The prompts, padded on the left; beside a cache that is
+            filled, as in plain generation, the whole texts or what is new of them.
         logits_processor, stopping_criteria, generation_config, synced_gpus, streamer, model_kwargs:
             As `generate()` prepared them.
         inputs_tensor, tokenizer, assistant_tokenizer:
@@ -75,8 +77,6 @@ def generate(
     **Effects**: `draft.speculation_stats` is replaced. The random generator ends where plain sampling leaves it.
     """
     check_call(target, draft, generation_config, synced_gpus, model_kwargs)
-    mask, max_length = model_kwargs.get("attention_mask"), stopping_criteria.max_length
-    check_rope(target, input_ids, mask, max_length, tree_plan(draft).num_nodes)
     wants_output = generation_config.return_dict_in_generate
     transcript = Transcript(
         input_ids,
@@ -87,7 +87,10 @@ def generate(
         scores=() if wants_output and generation_config.output_scores else None,
         logits=() if wants_output and generation_config.output_logits else None,
         streamer=streamer,
+        num_omitted=num_omitted(input_ids, generation_config, model_kwargs),
     )
+    num_tokens, mask = transcript.num_omitted + input_ids.shape[1], model_kwargs.get("attention_mask")
+    check_rope(target, num_tokens, mask, transcript.max_slots, tree_plan(draft).num_nodes)
     traces = Traces.wanted_by(generation_config)
     stats = draft.speculation_stats = SpeculationStats(times=CallTimes(target.device, draft.device))
     try:
@@ -123,6 +126,7 @@ def decode(
     **Effects**: fills `transcript`, `traces` and `stats`.
     """
     captured = draft.capture_fused_states(target)
+    beginning = Beginning.of_call(draft, model_kwargs["past_key_values"], transcript.input_ids, transcript.num_omitted)
     with captured, stats.times.prefill:
         outputs = target._prefill(transcript.input_ids, generation_config, model_kwargs)
     transcript.extend(outputs.logits[:, -1].to(dtype=torch.float32, device=transcript.input_ids.device, copy=True))
@@ -130,10 +134,8 @@ def decode(
     model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs)
     cache = outputs.past_key_values
     del outputs
-    # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
-    cache.activate_past_recording()
     mask = model_kwargs.get("attention_mask")
-    memory = DraftMemory.of_prompt(captured.take(), transcript.input_ids, mask, draft_window(draft))
+    memory = beginning.memory(draft, target, captured.take(), transcript.input_ids, mask)
     stats.target_calls, stats.new_tokens = 1, len(transcript.input_ids)
     transcript.flush()
     stats.times.begin_rounds()
@@ -153,6 +155,7 @@ def decode(
             target, draft, transcript, texts, traces, stats, sizes, cache, memory, captured, model_kwargs
         )
     stats.new_tokens -= texts.num_discarded
+    beginning.remember(draft, cache, memory, transcript.input_ids, mask)
     return cache
 
 
@@ -177,14 +180,14 @@ def decode_round_by_round(
 
     **Effects**: fills `transcript`, `traces` and `stats`; moves `cache` and `memory` on.
     """
-    max_length = transcript.stopping_criteria.max_length
-    with uneven_windows(cache) if texts.lengths else nullcontext():
+    # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
+    with recorded_past(cache), uneven_windows(cache) if texts.lengths else nullcontext():
         while not transcript.is_finished:
             plan = sizes.begin_round().at_most(transcript.max_new_tokens - 1)
             tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, texts.noise)
             tree = texts.fit(tree, plan.depth)
             with captured:
-                outputs, logits = read_tree(target, tree, texts.ids, model_kwargs, texts.lengths, max_length)
+                outputs, logits = read_tree(target, tree, texts.ids, model_kwargs, texts.lengths, transcript.max_slots)
             verdict = texts.accept(tree, logits)
             traces.add_path(target, outputs, verdict.path)
             model_kwargs = keep(target, tree, verdict, outputs, model_kwargs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .caches import new_draft_cache
 from .fixed_cache import FixedCache
 from .latent_attention import DraftedSlots, RotatedKeys, attend_latents
 from .memory import DraftMemory, additive_mask
@@ -78,6 +79,7 @@ class FixedMemory:
         is_latent = draft.config.attention_type == "mla"
         self.cache = (LatentCache if is_latent else FixedCache)(like.cache, capacity)
         self.rotary = draft.rotary_emb
+        self.first_slot = like.first_slot
         self.num_rows = like.pending_tokens.new_zeros(batch_size)
         self.num_pending = torch.ones_like(self.num_rows)
         self.pending_tokens = like.pending_tokens.new_zeros(batch_size, num_pending)
@@ -100,6 +102,7 @@ class FixedMemory:
         **Effects**: `memory` forgets it.
         """
         self.cache.load(memory.cache)
+        self.first_slot = memory.first_slot
         self.num_rows.copy_(torch.tensor(memory.num_rows))
         self.num_pending.fill_(1)
         self.pending_tokens[:, :1], self.pending_states[:, :1] = memory.pending_tokens, memory.pending_states
@@ -108,7 +111,23 @@ class FixedMemory:
         """Goes on where one of a smaller capacity has come to."""
         for name in ("num_rows", "num_pending", "pending_tokens", "pending_states"):
             getattr(self, name).copy_(getattr(smaller, name))
+        self.first_slot = smaller.first_slot
         self.cache.take_over(smaller.cache)
+
+    def give_back(self, memory: DraftMemory) -> None:
+        """
+        Gives `memory`, from which `load` took, all rows; those that were accepted last are pending.
+
+        **Effects**: overwrites what `memory` holds.
+        """
+        memory.num_rows, num_pending = torch.stack([self.num_rows, self.num_pending]).tolist()
+        memory.cache = new_draft_cache()
+        for index, layer in enumerate(self.cache.layers):
+            keys, values = (states[:, :, : max(memory.num_rows)] for states in (layer.keys, layer.values))
+            memory.cache.update(keys, values, index)
+        memory.pending_states, memory.pending_tokens = self.pending_states[:, :0], self.pending_tokens[:, :0]
+        memory.num_pending = [0] * len(num_pending)
+        memory.await_rows(self.pending_states, self.pending_tokens, num_pending)
 
     def await_rows(self, states: Tensor, tokens: Tensor, num_new: Tensor) -> None:
         """

@@ -42,6 +42,7 @@ class DraftMemory:
         num_rows (`list[int]`): Rows of each sequence that the draft has read.
         cache (`Cache`): Latents of rows from true states of the target.
         window ([`DraftWindow`], *optional*): What a row sees of its past; `None`: all.
+        first_slot (`int`, *optional*, defaults to 0): The slot of the target's cache of the first token with a row.
     """
 
     pending_states: Tensor
@@ -50,6 +51,7 @@ class DraftMemory:
     num_rows: list[int]
     cache: Cache = field(default_factory=new_draft_cache)
     window: DraftWindow | None = None
+    first_slot: int = 0
 
     def __post_init__(self):
         self.num_dropped = [0] * len(self.num_rows)
@@ -62,15 +64,16 @@ class DraftMemory:
         The prompt's rows, all pending, without those of its padding.
 
         Args:
-            states (`torch.Tensor` of shape `(B, T, D)`): The target's, of the prompt, fused.
-            input_ids (`torch.LongTensor` of shape `(B, T + 1)`): The prompt and the first new token.
-            mask (`torch.Tensor` of shape `(B, T + 1)`, *optional*): 0 where a position is padding.
+            states (`torch.Tensor` of shape `(B, T, D)`): The target's, of what it read of the prompt, fused.
+            input_ids (`torch.LongTensor` of shape `(B, T + 1 or more)`): The prompt and the first new token.
+            mask (`torch.Tensor` of shape `(B, T + 1 or more)`, *optional*): 0 where a position is padding.
             window ([`DraftWindow`], *optional*): What a row sees of its past; `None`: all.
         """
         batch_size, num_states = states.shape[:2]
+        input_ids = input_ids[:, -num_states - 1 :]
         is_token = torch.ones_like(input_ids, dtype=torch.bool)
         if mask is not None:
-            is_token = mask.to(input_ids.device).bool()
+            is_token = mask[:, -num_states - 1 :].to(input_ids.device).bool()
             is_token = is_token | ~is_token[:, :-1].any(dim=1, keepdim=True)  # a prompt of nothing else is read
         num_tokens = is_token.sum(dim=1).tolist()
         if min(num_tokens) <= num_states:
@@ -129,6 +132,30 @@ class DraftMemory:
             rows = rows.to(self.pending_states.device)[..., None]
             self.pending_states = self.pending_states.gather(1, rows.expand(-1, -1, self.pending_states.shape[-1]))
 
+    def can_go_on(self, num_rows: list[int], prompt: "DraftMemory") -> bool:
+        """Whether the first `num_rows` of each sequence are there, and rows of `prompt` can follow."""
+        if self.window != prompt.window or self.pending_states.device != prompt.pending_states.device:
+            return False
+        if self.pending_states.dtype != prompt.pending_states.dtype:
+            return False
+        sink = self.window.sink if self.window else 0
+        num_known = [read + pending for read, pending in zip(self.num_rows, self.num_pending, strict=True)]
+        num_least = [dropped + sink if dropped else 0 for dropped in self.num_dropped]
+        return all(least <= count <= known for least, count, known in zip(num_least, num_rows, num_known, strict=True))
+
+    def go_on(self, draft, target: PreTrainedModel, num_rows: list[int], prompt: "DraftMemory") -> None:
+        """
+        Keeps the first `num_rows` of each sequence; the pending rows of `prompt` follow.
+
+        **Effects**: the rows that were pending are read first.
+        """
+        if self.pending_tokens.shape[1] > 0:
+            self.read(draft, target)
+        self.num_rows = list(num_rows)
+        forget_last(self.cache, self.cache.get_seq_length() - max(self.num_held))
+        self.pending_states, self.pending_tokens = prompt.pending_states, prompt.pending_tokens
+        self.num_pending = list(prompt.num_pending)
+
     def read(self, draft, target: PreTrainedModel):
         """
         Lets the draft read the pending rows.
@@ -144,9 +171,12 @@ class DraftMemory:
         """
         Lets the draft read what is pending, the roots aside.
 
-        **Effects**: the rows move to the cache.
+        **Effects**: the rows move to the cache, whose layers exist from now on, with or without any.
         """
         self._read_all_but(1, draft, target)
+        if not self.cache.layers:  # nothing but roots
+            self._read(draft, target, self.pending_states, self.pending_tokens)
+            self.forget_guesses()
 
     def frontier_inputs(self, sees: Tensor) -> dict[str, Tensor]:
         """
@@ -247,7 +277,9 @@ class DraftMemory:
         num_slots = self.cache.get_seq_length()
         if self.window is None or num_slots + num_columns <= self.window.sink + self.window.size + WINDOW_CHUNK_ROWS:
             return
-        before, self.num_dropped = self.num_dropped, [self.window.num_unseen(count) for count in self.num_rows]
+        # Never fewer than before: sequences may have become shorter.
+        before, num_unseen = self.num_dropped, map(self.window.num_unseen, self.num_rows)
+        self.num_dropped = list(map(max, before, num_unseen))
         counts = [now - then for now, then in zip(self.num_dropped, before, strict=True)]
         drop_positions(self.cache, self.window.sink, counts, max(self.num_held))
 

@@ -55,7 +55,8 @@ class RaggedTexts:
     @property
     def lengths(self) -> list[int] | None:
         """Tokens of each sequence that the target has read; `None` for a single one."""
-        return [count - 1 for count in self.num_tokens] if len(self.ids) > 1 else None
+        num_unread = 1 - self.transcript.num_omitted
+        return [count - num_unread for count in self.num_tokens] if len(self.ids) > 1 else None
 
     @property
     def noise(self) -> RowNoise | None:
@@ -128,6 +129,7 @@ class RaggedTexts:
         self.num_discarded = sum(max(count - self._end(), 0) for count in written)
         lengths = [min(old, self._end()) - 1 for old in before]
         num_kept = [min(new, self._end()) - 1 - old for new, old in zip(self.num_tokens, lengths, strict=True)]
+        lengths = [length + self.transcript.num_omitted for length in lengths]
         return walks, lengths, num_kept
 
     def may_go_on(self, rows: list[list[int]]) -> bool:

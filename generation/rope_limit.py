@@ -27,15 +27,13 @@ def length_of_fixed_rope(config: PreTrainedConfig) -> tuple[int | None, bool]:
     return min(lengths, default=None), changes_again
 
 
-def check_rope(
-    target: PreTrainedModel, input_ids: Tensor, mask: Tensor | None, max_length: int, num_nodes: int
-) -> None:
+def check_rope(target: PreTrainedModel, num_tokens: int, mask: Tensor | None, max_length: int, num_nodes: int) -> None:
     """
     Refuses texts in which the target's RoPE factors would change.
 
     Args:
         target (`PreTrainedModel`): Any target.
-        input_ids (`torch.LongTensor` of shape `(B, T)`): The prompt.
+        num_tokens (`int`): T, tokens of the prompt.
         mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 where a position is padding.
         max_length (`int`): Tokens of the longest text that may come.
         num_nodes (`int`): Draft tokens that a round may hold.
@@ -46,7 +44,6 @@ def check_rope(
     limit, changes_again = length_of_fixed_rope(target.config)
     if limit is None or max_length + num_nodes <= limit:
         return
-    num_tokens = input_ids.shape[1]
     longest = num_tokens if mask is None else int(mask.sum(dim=1).max())
     if longest > limit and not changes_again:
         return

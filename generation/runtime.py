@@ -127,7 +127,7 @@ def decode_at_fixed_shapes(
     Returns:
         `bool`: Whether the text is finished. If not, the other loop can begin.
 
-    **Effects**: fills `transcript` and `stats`; `cache` holds the whole text but its last token.
+    **Effects**: fills `transcript` and `stats`; `cache` holds the whole text but its last token, `memory` all rows.
     """
     if not _in_use.acquire(blocking=False):
         return False  # the buffers are another thread's for now
@@ -141,12 +141,14 @@ def decode_at_fixed_shapes(
         if rounds is None:
             return False
         positions = root_positions(model_kwargs, num_read)
-        is_token, limit = model_kwargs.get("attention_mask"), transcript.stopping_criteria.max_length
+        is_token, limit = model_kwargs.get("attention_mask"), transcript.max_slots
         rounds.load(cache, memory, is_token, positions, limit, transcript.is_frozen)
         if device_can_choose(texts):
-            follow_the_device(shelf, rounds, texts, stats)
+            rounds = follow_the_device(shelf, rounds, texts, stats)
         else:
-            choose_on_the_host(shelf, rounds, texts, stats)
+            rounds = choose_on_the_host(shelf, rounds, texts, stats)
+        rounds.cache.give_back(cache, transcript.num_slots - 1)
+        rounds.memory.give_back(memory)
         return True
     finally:
         _in_use.release()
@@ -161,16 +163,16 @@ def device_can_choose(texts: RaggedTexts | TextsInStep) -> bool:
 
 def choose_on_the_host(
     shelf: "Shelf", rounds: FixedRounds, texts: RaggedTexts | TextsInStep, stats: SpeculationStats
-) -> None:
+) -> FixedRounds:
     """
-    All rounds, in which processors see the text before the next token is chosen.
+    All rounds, in which processors see the text before the next token is chosen; returns those with the last buffers.
 
-    **Effects**: extends the texts and moves all buffers on; the target's cache gets back what it is to hold.
+    **Effects**: extends the texts and moves all buffers on.
     """
     transcript, num_nodes = texts.transcript, tree_size(rounds.plan)
     while not transcript.is_finished:
-        if texts.ids.shape[1] + num_nodes > rounds.capacity:
-            rounds = shelf.larger(rounds, texts.ids.shape[1] + 2 * num_nodes)
+        if (num_slots := slots_of(texts)) + num_nodes > rounds.capacity:
+            rounds = shelf.larger(rounds, num_slots + 2 * num_nodes)
         if transcript.do_sample:
             rounds.load_noise(texts.noise)
         with stats.times.draft:
@@ -184,23 +186,27 @@ def choose_on_the_host(
         with stats.times.choice:
             rounds.keep()
         record_round(stats, rounds, verdict.walks, texts)
-    rounds.cache.give_back(shelf.cache, transcript.input_ids.shape[1] - 1)
+    return rounds
 
 
-def follow_the_device(shelf: "Shelf", rounds: FixedRounds, texts: RaggedTexts, stats: SpeculationStats) -> None:
+def follow_the_device(
+    shelf: "Shelf", rounds: FixedRounds, texts: RaggedTexts, stats: SpeculationStats
+) -> FixedRounds:
     """
-    All rounds, in which the device chooses and goes on by itself; the host reads what it has chosen.
+    All rounds, in which the device chooses and goes on by itself; the host reads what it has chosen. Returns the rounds
+    with the last buffers.
 
     A greedy round begins before the host has taken over the one before, unless that one is seen to be the last.
 
-    **Effects**: extends the texts and moves all buffers on; the target's cache gets back what it is to hold.
+    **Effects**: extends the texts and moves all buffers on.
     """
     transcript, num_nodes, device = texts.transcript, tree_size(rounds.plan), texts.ids.device
     texts.move_to("cpu")
     report = launch_round(rounds, texts, stats)
     while True:
         rows = report.wait()
-        num_slots = max(count + row[0] for count, row in zip(texts.num_tokens, rows, strict=True)) + num_nodes
+        longest = max(count + row[0] for count, row in zip(texts.num_tokens, rows, strict=True))
+        num_slots = transcript.num_omitted + longest + num_nodes
         is_ahead = not transcript.do_sample and num_slots <= rounds.capacity and texts.may_go_on(rows)
         if is_ahead:
             report = launch_round(rounds, texts, stats)
@@ -213,7 +219,12 @@ def follow_the_device(shelf: "Shelf", rounds: FixedRounds, texts: RaggedTexts, s
                 rounds = shelf.larger(rounds, num_slots + num_nodes)
             report = launch_round(rounds, texts, stats)
     texts.move_to(device)
-    rounds.cache.give_back(shelf.cache, transcript.input_ids.shape[1] - 1)
+    return rounds
+
+
+def slots_of(texts: RaggedTexts | TextsInStep) -> int:
+    """Slots of the longest sequence in the target's cache, as soon as its newest token has been read."""
+    return texts.transcript.num_omitted + texts.ids.shape[1]
 
 
 def launch_round(rounds: FixedRounds, texts: RaggedTexts, stats: SpeculationStats) -> "Report":
@@ -265,7 +276,8 @@ def record_round(stats: SpeculationStats, rounds: FixedRounds, walks: Walks, tex
     """
     stats.target_calls += 1
     stats.record(walks, tree_size(rounds.plan) - 1, rounds.plan.depth)
-    stats.draft_cache_bytes, stats.draft_cache_tokens = rounds.memory.num_bytes, texts.ids.shape[1] - 2
+    stats.draft_cache_bytes = rounds.memory.num_bytes
+    stats.draft_cache_tokens = slots_of(texts) - rounds.memory.first_slot - 2
     texts.transcript.flush()
 
 

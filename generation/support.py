@@ -249,8 +249,3 @@ def _check_cache(generation_config: GenerationConfig, model_kwargs: dict) -> Non
             f"The target's cache must be a DynamicCache for an EAGLE-3 draft, got {type(cache).__name__} "
             f"(`cache_implementation={generation_config.cache_implementation!r}`). Leave `cache_implementation` out."
         )
-    if cache.get_seq_length() > 0:
-        raise NotImplementedError(
-            f"`past_key_values` must be empty, got a cache of {cache.get_seq_length()} tokens: the draft needs the "
-            "target's states of the whole text. Pass the whole text as `input_ids` and no cache."
-        )

@@ -33,6 +33,7 @@ class Transcript:
         scores (`tuple[torch.Tensor]`, *optional*): Processed scores `(B, V)` per emitted token, `None` if not wanted.
         logits (`tuple[torch.Tensor]`, *optional*): Raw logits `(B, V)` per emitted token, `None` if not wanted.
         streamer (`BaseStreamer`, *optional*): Gets every token with `flush`.
+        num_omitted (`int`, *optional*, defaults to 0): Tokens of the target's cache that come before `input_ids`.
     """
 
     input_ids: Tensor
@@ -43,6 +44,7 @@ class Transcript:
     scores: tuple[Tensor, ...] | None = None
     logits: tuple[Tensor, ...] | None = None
     streamer: BaseStreamer | None = None
+    num_omitted: int = 0
     noise: Noise | None = None
     is_finished: bool = False
     num_flushed: int = 0
@@ -56,6 +58,16 @@ class Transcript:
     def max_new_tokens(self) -> int:
         """Tokens that the length limit still allows."""
         return self.stopping_criteria.max_length - self.input_ids.shape[1]
+
+    @property
+    def num_slots(self) -> int:
+        """Slots of the target's cache for all of the text, its newest token included."""
+        return self.num_omitted + self.input_ids.shape[1]
+
+    @property
+    def max_slots(self) -> int:
+        """Slots of the target's cache for as many tokens as the length limit allows."""
+        return self.num_omitted + self.stopping_criteria.max_length
 
     @property
     def is_frozen(self) -> Tensor:

@@ -79,7 +79,7 @@ def read_tree(
         ids (`torch.LongTensor` of shape `(B, T)`): The texts, with the root of the longest.
         model_kwargs (`dict`): The target's generation state, that root's position included.
         lengths (`list[int]`, *optional*): Tokens of each sequence in the cache; `None`: all have as many.
-        max_length (`int`, *optional*): Tokens that a sequence may have in the end.
+        max_length (`int`, *optional*): Tokens that a sequence may have in the end, in the cache or not.
 
     Returns:
         The target's output, and logits `(B, N, V)` in fp32 on the text's device.
@@ -129,7 +129,7 @@ def accept_path(tree: DraftTree, logits: Tensor, transcript: Transcript) -> Verd
     """
     rows, nodes = torch.arange(len(logits), device=logits.device), logits.new_zeros(len(logits), dtype=torch.long)
     path, tokens, is_emitted, is_accepted = [], [], [], []
-    num_read, goes_on = transcript.input_ids.shape[1] - 1, True
+    num_read, goes_on = transcript.num_slots - 1, True
     while goes_on:
         path.append(nodes)
         is_emitted.append(~transcript.is_frozen)

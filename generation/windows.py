@@ -1,7 +1,11 @@
-"""Sliding-window layers of a cache while the sequences of a batch have different lengths.
+"""Sliding-window layers of a cache during decoding: rejected nodes leave it, and sequences may differ in length.
 
-transformers' own layer keeps and shows the newest slots, the same ones for all: too few for a sequence that is behind.
-This one keeps what the shortest sequence can still see and shows all of it; the mask carries the windows.
+A window that has moved on cannot move back, unless the layer records what leaves it: so it does while rounds last, and
+not for longer, since a layer that records and is never cropped keeps the whole text.
+
+Where the sequences of a batch have different lengths, transformers' own layer keeps and shows too few slots for a
+sequence that is behind: the newest ones, the same for all. The layer that takes its place keeps what the shortest
+sequence can still see and shows all of it; the mask carries the windows.
 """
 
 from collections.abc import Iterator
@@ -40,6 +44,23 @@ class UnevenWindowLayer(DynamicLayer):
         if num_dropped > 0:
             self.keys, self.values = self.keys[:, :, num_dropped:], self.values[:, :, num_dropped:]
             self.first_slot += num_dropped
+
+
+@contextmanager
+def recorded_past(cache: Cache) -> Iterator[None]:
+    """
+    Lets the newest positions of `cache` be dropped while the context is open, beyond its windows too.
+
+    **Effects**: sliding-window layers record their past, which `crop` alone shortens; afterwards as they did before.
+    """
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
+    did_record = [layer.record_past for layer in layers]
+    cache.activate_past_recording()
+    try:
+        yield
+    finally:
+        for layer, record_past in zip(layers, did_record, strict=True):
+            layer.record_past = record_past
 
 
 @contextmanager

@@ -288,13 +288,6 @@ def test_what_is_not_supported_yet_is_refused_by_name(llama, change, error, mess
         llama.generate(**make_prompt(4), assistant_model=make_draft(llama), **settings)
 
 
-def test_filled_cache_is_refused_by_name(llama):
-    prompt = make_prompt(5)
-    cache = llama(prompt["input_ids"][:, :4]).past_key_values
-    with pytest.raises(NotImplementedError, match="`past_key_values` must be empty, got a cache of 4 tokens"):
-        llama.generate(**prompt, past_key_values=cache, max_new_tokens=5, assistant_model=make_draft(llama))
-
-
 @pytest.mark.parametrize("value", [-1, 2.5, True, "7"])
 def test_wrong_number_of_draft_tokens_is_refused_by_name(llama, value):
     draft = make_draft(llama)
