@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .fixed_cache import FixedCache
-from .latent_attention import DraftedSlots, RotatedKeys, attend_latents
 from .memory import DraftMemory, additive_mask
+from .opaque_ops import latent_attention_op
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class LatentCache(FixedCache):
             inv_freq (`torch.Tensor` of shape `(d / 2,)`), scaling (`float`): Of RoPE.
         """
         self.lengths = (num_rows + sees.shape[2]).to(torch.int32)
-        self.newest = DraftedSlots(sees, positions.to(torch.int32))
+        self.sees, self.positions = sees.contiguous(), positions.to(torch.int32)
         self.rope = inv_freq, scaling
 
     def attend_latents(
         self, query: Tensor, c_kv: Tensor, k_rope: Tensor, w_uk: Tensor | None, scaling: float
     ) -> Tensor:
         """See `AttendingCache` in the modeling file."""
-        keys = None if w_uk is None else RotatedKeys(w_uk, *self.rope)
-        return attend_latents(query, c_kv, k_rope, self.lengths, scaling, self.newest, keys=keys)
+        newest = self.lengths, self.sees, self.positions
+        return latent_attention_op(query, c_kv, k_rope, *newest, scaling, w_uk, *self.rope)
 
 
 class FixedMemory:
