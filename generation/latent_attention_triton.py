@@ -42,7 +42,8 @@ def attend(
     num_row_tiles = triton.cdiv(heads_per_group * num_rows, tile["BLOCK_ROWS"])
     max_parts = triton.cdiv(num_slots, tile["BLOCK_SLOTS"])
     programs = batch_size * num_groups * num_row_tiles
-    num_parts = max(1, min(max_parts, triton.cdiv(num_programs(query.device), programs)))
+    # Not one program more than run at once: the last few would double the time.
+    num_parts = max(1, min(max_parts, num_programs(query.device, tile["num_warps"]) // programs))
     partial = query.new_empty(batch_size, num_parts, num_heads, num_rows, latent_dim, dtype=torch.float32)
     lse = query.new_empty(batch_size, num_parts, num_heads, num_rows, dtype=torch.float32)
     lengths, first = lengths.contiguous(), lengths if first is None else first.contiguous()
@@ -123,9 +124,9 @@ def block_of(size: int) -> int:
     return max(MIN_BLOCK, triton.next_power_of_2(size))
 
 
-def num_programs(device: torch.device) -> int:
-    """How many programs fill the device."""
-    return sm_count(device) if device.type == "cuda" else CPU_PROGRAMS
+def num_programs(device: torch.device, num_warps: int) -> int:
+    """How many programs run at once; eight warps fill the registers of a multiprocessor, four half of them."""
+    return sm_count(device) * 8 // num_warps if device.type == "cuda" else CPU_PROGRAMS
 
 
 @functools.cache

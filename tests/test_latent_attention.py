@@ -124,7 +124,7 @@ def test_one_captured_graph_serves_a_growing_cache(rope):
         inputs["lengths"].copy_(torch.tensor(lengths, dtype=torch.int32))
         graph.replay()
         expected = attend_by_definition(**in_double(inputs))
-        torch.testing.assert_close(output.double(), expected, atol=1.6e-2, rtol=0)
+        torch.testing.assert_close(output.double(), expected, atol=1.6e-2, rtol=1.6e-2)
 
 
 def layer_and_inputs(rope: int) -> tuple[LatentAttention, dict]:
