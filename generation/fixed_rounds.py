@@ -95,7 +95,7 @@ class FixedRounds:
         self.target, self.draft, self.whose = weakref.proxy(target), weakref.proxy(draft), weakref.ref(target)
         self.plan, self.warpers, self.capacity = plan, warpers, capacity
         self.cache = FixedCache(cache, capacity)
-        self.memory = FixedMemory(draft, memory, capacity + plan.depth * plan.top_k, plan.depth + 1)
+        self.memory = FixedMemory(draft, memory, capacity, plan.depth * plan.top_k, plan.depth + 1)
         self.windows = windows_by_kind(target, cache)
         counts = self.memory.num_rows
         self.slots = torch.arange(capacity, device=counts.device)
