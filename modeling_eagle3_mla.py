@@ -29,6 +29,7 @@ from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -69,11 +70,16 @@ class Eagle3MLARotaryEmbedding(nn.Module):
 
     def forward(self, position_ids: Tensor, dtype: torch.dtype) -> CosSin:
         """`position_ids (B, T)` -> cosines and sines, each `(B, T, width)`."""
-        if self.inv_freq is None or self.inv_freq.device != position_ids.device:
-            self.inv_freq, self.attention_scaling = self._frequencies(position_ids.device)
-        angles = position_ids[..., None].float() * self.inv_freq  # (B, T, width / 2)
+        inv_freq, attention_scaling = self.frequencies(position_ids.device)
+        angles = position_ids[..., None].float() * inv_freq  # (B, T, width / 2)
         angles = torch.cat([angles, angles], dim=-1)
-        return (angles.cos() * self.attention_scaling).to(dtype), (angles.sin() * self.attention_scaling).to(dtype)
+        return (angles.cos() * attention_scaling).to(dtype), (angles.sin() * attention_scaling).to(dtype)
+
+    def frequencies(self, device: torch.device) -> tuple[Tensor, float]:
+        """Frequencies `(width / 2,)`, fp32, and the factor of cosines and sines."""
+        if self.inv_freq is None or self.inv_freq.device != device:
+            self.inv_freq, self.attention_scaling = self._frequencies(device)
+        return self.inv_freq, self.attention_scaling
 
     def _frequencies(self, device: torch.device) -> tuple[Tensor, float]:
         rope = self.config.rope_parameters
@@ -178,6 +184,24 @@ class Eagle3MLARMSNorm(nn.RMSNorm):
         return F.rms_norm(states, self.normalized_shape, self.weight.to(states.dtype), self.eps)
 
 
+@runtime_checkable
+class AttendingCache(Protocol):
+    """A cache that attends to its latents itself, by a kernel that reads on the device which slots are in use."""
+
+    def attend_latents(
+        self, query: Tensor, c_kv: Tensor, k_rope: Tensor, w_uk: Tensor | None, scaling: float
+    ) -> Tensor:
+        """
+        The weighted sums of latents, `(B, H, Q, C)`.
+
+        Args:
+            query (`torch.Tensor` of shape `(B, H, Q, C + R)`): Absorbed; the rotated `(B, H, Q, d)` where R = 0.
+            c_kv (`torch.Tensor` of shape `(B, 1, K, C)`), k_rope (`torch.Tensor` of shape `(B, 1, K, R)`): All slots.
+            w_uk (`torch.Tensor` of shape `(G, d, C)`, *optional*): What keys are made with where R = 0.
+            scaling (`float`): Factor of the scores.
+        """
+
+
 class LatentAttention(nn.Module):
     """
     Multi-head latent attention (arXiv:2405.04434, Eq. 9-19), with grouped key-value heads.
@@ -266,6 +290,8 @@ class LatentAttention(nn.Module):
         query, memory = self.ask(attention_input, cos_sin), self.remember(attention_input, cos_sin)
         if past_key_values is not None:
             memory = past_key_values.update(*memory, self.layer_idx)
+        if isinstance(past_key_values, AttendingCache):
+            return self.output(self.attend_by_cache(query, memory, past_key_values))
         attend = self.attend_absorbed if self.absorbing_is_cheaper(query.shape[2]) else self.attend_expanded
         return self.output(attend(query, memory, key_cos_sin, mask))
 
@@ -292,14 +318,30 @@ class LatentAttention(nn.Module):
         if self.rope_dim == 0:
             key = self._keys(memory, key_cos_sin)  # (B, G, K, d)
         else:
-            q_nope, q_rope = query.split([self.head_dim, self.rope_dim], dim=-1)
-            w_uk = matrix(self.W_uk, c_kv).view(self.num_key_value_heads, self.head_dim, self.latent_dim)
-            q_latent = torch.einsum("bgnqd,gdc->bgnqc", self._by_group(q_nope), w_uk)
-            query = torch.cat([q_latent.flatten(1, 2), q_rope], dim=-1)  # (B, H, Q, C + R)
+            query = self._absorb_keys(query, c_kv)
             key = torch.cat([c_kv, k_rope], dim=-1)  # (B, 1, K, C + R)
         value = c_kv.expand(-1, key.shape[1], -1, -1)
-        latents = self._kernel(query, key, value, mask, self.scaling)  # (B, H, Q, C)
-        w_uv = matrix(self.W_uv, c_kv).view(self.num_key_value_heads, self.head_dim, self.latent_dim)
+        return self._expand_latents(self._kernel(query, key, value, mask, self.scaling))
+
+    def attend_by_cache(self, query: Tensor, memory: tuple[Tensor, Tensor], cache: "AttendingCache") -> Tensor:
+        """As `attend_absorbed`, over the slots of a cache that knows itself who sees which."""
+        w_uk = None
+        if self.rope_dim == 0:
+            w_uk = matrix(self.W_uk, memory[0]).view(self.num_key_value_heads, self.head_dim, self.latent_dim)
+        else:
+            query = self._absorb_keys(query, memory[0])
+        return self._expand_latents(cache.attend_latents(query, *memory, w_uk, self.scaling))
+
+    def _absorb_keys(self, query: Tensor, c_kv: Tensor) -> Tensor:
+        """The query of the latents themselves, `(B, H, Q, d + R)` -> `(B, H, Q, C + R)`."""
+        q_nope, q_rope = query.split([self.head_dim, self.rope_dim], dim=-1)
+        w_uk = matrix(self.W_uk, c_kv).view(self.num_key_value_heads, self.head_dim, self.latent_dim)
+        q_latent = torch.einsum("bgnqd,gdc->bgnqc", self._by_group(q_nope), w_uk)
+        return torch.cat([q_latent.flatten(1, 2), q_rope], dim=-1)
+
+    def _expand_latents(self, latents: Tensor) -> Tensor:
+        """Values of attended latents, `(B, H, Q, C)` -> `(B, H, Q, d)`."""
+        w_uv = matrix(self.W_uv, latents).view(self.num_key_value_heads, self.head_dim, self.latent_dim)
         return torch.einsum("bgnqc,gdc->bgnqd", self._by_group(latents), w_uv).flatten(1, 2)
 
     def output(self, heads: Tensor) -> Tensor:
@@ -475,11 +517,12 @@ class AuxHiddenStates:
         self.layer_ids = layer_ids
         self.device, self.dtype = device, dtype
         self.chunks: list[list[Tensor]] = [[] for _ in layer_ids]  # of each place, one for each forward
-        self.thread = threading.get_ident()
+        self.thread: int | None = threading.get_ident()  # None: whoever runs the target
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "AuxHiddenStates":
-        self.thread = threading.get_ident()
+        if self.thread is not None:
+            self.thread = threading.get_ident()
         for index, layer_id in enumerate(self.layer_ids):
             self.handles.append(self._hook(index, layer_id))
         return self
@@ -519,7 +562,7 @@ class AuxHiddenStates:
     def _hook(self, index: int, layer_id: int) -> torch.utils.hooks.RemovableHandle:
         def keep(states: Tensor) -> None:
             # Another thread may be running the same target for a draft of its own.
-            if threading.get_ident() == self.thread:
+            if self.thread is None or threading.get_ident() == self.thread:
                 self.receive(index, states)
 
         def before(module, args, kwargs):

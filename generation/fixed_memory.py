@@ -10,11 +10,13 @@ Shapes: B batch, M pending rows, W nodes of one depth, K slots, D hidden.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .fixed_cache import FixedCache
 from .memory import DraftMemory, additive_mask
+from .opaque_ops import latent_attention_op
 
 
 @dataclass(frozen=True)
@@ -31,19 +33,54 @@ class RootRows:
     states: Tensor
 
 
+class LatentCache(FixedCache):
+    """
+    Latents in slots, and who sees which: every row the committed ones of its sequence, of the newest what `show` says.
+
+    Args:
+        like (`Cache`), capacity (`int`): As for [`FixedCache`].
+    """
+
+    def show(self, num_rows: Tensor, sees: Tensor, positions: Tensor, inv_freq: Tensor, scaling: float) -> None:
+        """
+        What the next forward sees, which writes the last of the new slots.
+
+        Args:
+            num_rows (`torch.LongTensor` of shape `(B,)`): Committed rows of each sequence, in the first slots.
+            sees (`torch.BoolTensor` of shape `(B, W, S)`): Which of the S slots behind them each row sees.
+            positions (`torch.LongTensor` of shape `(B, S)`): RoPE positions of these.
+            inv_freq (`torch.Tensor` of shape `(d / 2,)`), scaling (`float`): Of RoPE.
+        """
+        self.lengths = (num_rows + sees.shape[2]).to(torch.int32)
+        self.sees, self.positions = sees.contiguous(), positions.to(torch.int32)
+        self.rope = inv_freq, scaling
+
+    def attend_latents(
+        self, query: Tensor, c_kv: Tensor, k_rope: Tensor, w_uk: Tensor | None, scaling: float
+    ) -> Tensor:
+        """See `AttendingCache` in the modeling file."""
+        newest = self.lengths, self.sees, self.positions
+        return latent_attention_op(query, c_kv, k_rope, *newest, scaling, w_uk, *self.rope)
+
+
 class FixedMemory:
     """
     The draft's rows of a batch.
 
     Args:
+        draft ([`Eagle3MLADraftModel`]): The head.
         like ([`DraftMemory`]): One that has read a prompt.
-        capacity (`int`): Rows of a sequence, guesses included.
+        capacity (`int`): Committed rows of a sequence.
+        num_guesses (`int`): Rows that a round drafts.
         num_pending (`int`): Rows that a round can accept.
     """
 
-    def __init__(self, like: DraftMemory, capacity: int, num_pending: int):
+    def __init__(self, draft, like: DraftMemory, capacity: int, num_guesses: int, num_pending: int):
         batch_size, _, width = like.pending_states.shape
-        self.cache = FixedCache(like.cache, capacity)
+        is_latent = draft.config.attention_type == "mla"
+        self.cache = (LatentCache if is_latent else FixedCache)(like.cache, capacity + max(num_guesses, num_pending))
+        self.num_guesses = num_guesses
+        self.rotary = draft.rotary_emb
         self.num_rows = like.pending_tokens.new_zeros(batch_size)
         self.num_pending = torch.ones_like(self.num_rows)
         self.pending_tokens = like.pending_tokens.new_zeros(batch_size, num_pending)
@@ -96,39 +133,54 @@ class FixedMemory:
         **Effects**: the rows move to the cache.
         """
         roots = self._newest()
-        positions = self.num_rows[:, None] + torch.arange(self.pending_tokens.shape[1], device=roots.device)
-        self.cache.write_at(positions)
+        new = torch.arange(self.pending_tokens.shape[1], device=roots.device)
+        positions = self.num_rows[:, None] + new
+        sees = (new <= new[:, None]).expand(len(roots), -1, -1)
         outputs = draft(
             inputs_embeds=draft.embed(self.pending_tokens, target),
             fused_states=self.pending_states,
             past_key_values=self.cache,
-            attention_mask=additive_mask(self.slots() <= positions[..., None], self.pending_states.dtype),
-            position_ids=positions,
-            key_position_ids=self.slots().expand(len(roots), -1),
+            **self._inputs(sees, positions),
         )
         self.num_rows += self.num_pending
         return RootRows(rows_at(outputs.logits, roots), rows_at(outputs.states, roots))
 
     def frontier_inputs(self, sees: Tensor) -> dict[str, Tensor]:
         """
-        The draft's mask and positions for the nodes of one depth.
+        What the draft has to know for the nodes of one depth.
 
         Args:
             sees (`torch.BoolTensor` of shape `(B, W, rows)`): Which of the rows drafted in this round each attends to.
 
         **Effects**: the next forward writes behind the rows that were drafted before.
         """
-        _, width, num_drafted = sees.shape
-        slots, num_rows = self.slots(), self.num_rows[:, None]
-        drafted = (num_rows + torch.arange(num_drafted, device=sees.device))[:, None]  # (B, 1, rows)
-        self.cache.write_at(drafted[:, 0, -width:])
-        among_all = (slots < num_rows)[:, None].expand(-1, width, -1)  # (B, W, K)
+        width, num_drafted = sees.shape[1:]
+        # Of one size at all depths, so that a compiler meets one shape; what is not written yet is not seen.
+        num_later = self.num_guesses - num_drafted
+        depths = torch.arange(self.num_guesses, device=sees.device) // width
+        return self._inputs(F.pad(sees, (0, num_later)), self.num_rows[:, None] + depths, num_later)
+
+    def _inputs(self, sees: Tensor, positions: Tensor, num_later: int = 0) -> dict[str, Tensor]:
+        """
+        For rows `(B, W)` that see all rows in the cache and, of those behind, what `sees (B, W, S)` says.
+
+        They are themselves the last of these but for `num_later`, at RoPE positions `positions (B, S)`.
+        """
+        width, num_new = sees.shape[1:]
+        slots = self.num_rows[:, None] + torch.arange(num_new, device=sees.device)  # (B, S)
+        own = slice(num_new - num_later - width, num_new - num_later)
+        self.cache.write_at(slots[:, own])
+        own_positions = positions[:, own]
+        if isinstance(self.cache, LatentCache):
+            self.cache.show(self.num_rows, sees, positions, *self.rotary.frequencies(positions.device))
+            return {"position_ids": own_positions}
+        all_slots = torch.arange(self.cache.capacity, device=slots.device)
+        is_row = (all_slots < self.num_rows[:, None])[:, None].expand(-1, width, -1)  # (B, W, K)
+        sees = is_row.scatter(2, slots[:, None].expand_as(sees), sees)
         return {
-            "attention_mask": additive_mask(
-                among_all.scatter(2, drafted.expand_as(sees), sees), self.pending_states.dtype
-            ),
-            "key_position_ids": torch.where(slots < num_rows, slots, num_rows + (slots - num_rows) // width),
-            "position_ids": (num_rows + num_drafted // width - 1).expand(-1, width),
+            "attention_mask": additive_mask(sees, self.pending_states.dtype),
+            "key_position_ids": all_slots.expand(len(slots), -1).scatter(1, slots, positions),
+            "position_ids": own_positions,
         }
 
     def forget_guesses(self) -> None:
@@ -137,10 +189,6 @@ class FixedMemory:
     def _newest(self) -> Tensor:
         # A sequence that has ended may get nothing in a round; what is drafted for it is not used.
         return (self.num_pending[:, None] - 1).clamp(min=0)
-
-    def slots(self) -> Tensor:
-        """All slots, `(K,)`."""
-        return torch.arange(self.cache.capacity, device=self.num_rows.device)
 
 
 def rows_at(states: Tensor, places: Tensor) -> Tensor:
