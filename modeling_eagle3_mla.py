@@ -517,11 +517,12 @@ class AuxHiddenStates:
         self.layer_ids = layer_ids
         self.device, self.dtype = device, dtype
         self.chunks: list[list[Tensor]] = [[] for _ in layer_ids]  # of each place, one for each forward
-        self.thread = threading.get_ident()
+        self.thread: int | None = threading.get_ident()  # None: whoever runs the target
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "AuxHiddenStates":
-        self.thread = threading.get_ident()
+        if self.thread is not None:
+            self.thread = threading.get_ident()
         for index, layer_id in enumerate(self.layer_ids):
             self.handles.append(self._hook(index, layer_id))
         return self
@@ -561,7 +562,7 @@ class AuxHiddenStates:
     def _hook(self, index: int, layer_id: int) -> torch.utils.hooks.RemovableHandle:
         def keep(states: Tensor) -> None:
             # Another thread may be running the same target for a draft of its own.
-            if threading.get_ident() == self.thread:
+            if self.thread is None or threading.get_ident() == self.thread:
                 self.receive(index, states)
 
         def before(module, args, kwargs):

@@ -5,7 +5,8 @@ with C = 256, R = 0 and R = 64. `width` new rows attend to the context and, each
 between query and output projection, the projections that MLA moves there included; "layer" is the draft's whole layer.
 Times are medians of CUDA graphs, the L2 cache emptied before each. TFLOP/s and GB/s are attention's: FLOPs that the
 absorbed form needs (R = 0: its keys made once), bytes of the cache, read once. "cache" is what the draft's cache has
-allocated for the context. `flash` is standard attention without a mask, a bound for what a tree mask could reach.
+allocated for the context, a quarter more than it holds. `flash` is standard attention without a mask, a bound for what
+a tree mask could reach.
 """
 
 import argparse

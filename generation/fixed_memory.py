@@ -10,13 +10,14 @@ Shapes: B batch, M pending rows, W nodes of one depth, K slots, D hidden.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .caches import new_draft_cache
 from .fixed_cache import FixedCache
-from .latent_attention import DraftedSlots, RotatedKeys, attend_latents
 from .memory import DraftMemory, additive_mask
+from .opaque_ops import latent_attention_op
 
 
 @dataclass(frozen=True)
@@ -52,15 +53,15 @@ class LatentCache(FixedCache):
             inv_freq (`torch.Tensor` of shape `(d / 2,)`), scaling (`float`): Of RoPE.
         """
         self.lengths = (num_rows + sees.shape[2]).to(torch.int32)
-        self.newest = DraftedSlots(sees, positions.to(torch.int32))
+        self.sees, self.positions = sees.contiguous(), positions.to(torch.int32)
         self.rope = inv_freq, scaling
 
     def attend_latents(
         self, query: Tensor, c_kv: Tensor, k_rope: Tensor, w_uk: Tensor | None, scaling: float
     ) -> Tensor:
         """See `AttendingCache` in the modeling file."""
-        keys = None if w_uk is None else RotatedKeys(w_uk, *self.rope)
-        return attend_latents(query, c_kv, k_rope, self.lengths, scaling, self.newest, keys=keys)
+        newest = self.lengths, self.sees, self.positions
+        return latent_attention_op(query, c_kv, k_rope, *newest, scaling, w_uk, *self.rope)
 
 
 class FixedMemory:
@@ -70,14 +71,16 @@ class FixedMemory:
     Args:
         draft ([`Eagle3MLADraftModel`]): The head.
         like ([`DraftMemory`]): One that has read a prompt.
-        capacity (`int`): Rows of a sequence, guesses included.
+        capacity (`int`): Committed rows of a sequence.
+        num_guesses (`int`): Rows that a round drafts.
         num_pending (`int`): Rows that a round can accept.
     """
 
-    def __init__(self, draft, like: DraftMemory, capacity: int, num_pending: int):
+    def __init__(self, draft, like: DraftMemory, capacity: int, num_guesses: int, num_pending: int):
         batch_size, _, width = like.pending_states.shape
         is_latent = draft.config.attention_type == "mla"
-        self.cache = (LatentCache if is_latent else FixedCache)(like.cache, capacity)
+        self.cache = (LatentCache if is_latent else FixedCache)(like.cache, capacity + max(num_guesses, num_pending))
+        self.num_guesses = num_guesses
         self.rotary = draft.rotary_emb
         self.first_slot = like.first_slot
         self.num_rows = like.pending_tokens.new_zeros(batch_size)
@@ -170,20 +173,23 @@ class FixedMemory:
 
         **Effects**: the next forward writes behind the rows that were drafted before.
         """
-        _, width, num_drafted = sees.shape
-        depths = torch.arange(num_drafted, device=sees.device) // width
-        return self._inputs(sees, self.num_rows[:, None] + depths)
+        width, num_drafted = sees.shape[1:]
+        # Of one size at all depths, so that a compiler meets one shape; what is not written yet is not seen.
+        num_later = self.num_guesses - num_drafted
+        depths = torch.arange(self.num_guesses, device=sees.device) // width
+        return self._inputs(F.pad(sees, (0, num_later)), self.num_rows[:, None] + depths, num_later)
 
-    def _inputs(self, sees: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    def _inputs(self, sees: Tensor, positions: Tensor, num_later: int = 0) -> dict[str, Tensor]:
         """
         For rows `(B, W)` that see all rows in the cache and, of those behind, what `sees (B, W, S)` says.
 
-        They are the last of these, which stand at RoPE positions `positions (B, S)`.
+        They are themselves the last of these but for `num_later`, at RoPE positions `positions (B, S)`.
         """
         width, num_new = sees.shape[1:]
         slots = self.num_rows[:, None] + torch.arange(num_new, device=sees.device)  # (B, S)
-        self.cache.write_at(slots[:, -width:])
-        own_positions = positions[:, -width:]
+        own = slice(num_new - num_later - width, num_new - num_later)
+        self.cache.write_at(slots[:, own])
+        own_positions = positions[:, own]
         if isinstance(self.cache, LatentCache):
             self.cache.show(self.num_rows, sees, positions, *self.rotary.frequencies(positions.device))
             return {"position_ids": own_positions}

@@ -13,18 +13,21 @@ Shapes: B batch, N nodes, P nodes on the longest path, K slots, V the target's v
 """
 
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import Cache, LogitsProcessorList, PreTrainedModel
+from transformers import Cache, CompileConfig, LogitsProcessorList, PreTrainedModel
 
 from .branching import window_of
 from .capture import Stage, capture
 from .choice import limit_walk, report_walk, walk_at_once
+from .compilation import compiled
 from .drafting import draft_tree
 from .fixed_cache import FixedCache
 from .fixed_memory import FixedMemory
+from .fused_target import HALF_PRECISION, TreeInSlots, fused_norms, tree_attention
 from .memory import DraftMemory, additive_mask
 from .ragged import MAX_LEAD
 from .sampling import Noise, RowNoise
@@ -92,7 +95,7 @@ class FixedRounds:
         self.target, self.draft, self.whose = weakref.proxy(target), weakref.proxy(draft), weakref.ref(target)
         self.plan, self.warpers, self.capacity = plan, warpers, capacity
         self.cache = FixedCache(cache, capacity)
-        self.memory = FixedMemory(draft, memory, capacity + plan.depth * plan.top_k, plan.depth + 1)
+        self.memory = FixedMemory(draft, memory, capacity, plan.depth * plan.top_k, plan.depth + 1)
         self.windows = windows_by_kind(target, cache)
         counts = self.memory.num_rows
         self.slots = torch.arange(capacity, device=counts.device)
@@ -102,6 +105,8 @@ class FixedRounds:
         self.noise = None if draw is None else GivenNoise(draw.new_ones(len(draw), plan.depth + 1, draw.shape[1]))
         self.token_ids = counts.new_zeros(len(counts), tree_size(plan))
         self.parents, self.preferred = torch.zeros_like(self.token_ids), torch.zeros_like(self.token_ids[:, 1:])
+        num_nodes = self.token_ids.shape[1]
+        self.attends = torch.zeros(len(counts), num_nodes, num_nodes, dtype=torch.bool, device=counts.device)
         self.path = counts.new_zeros(len(counts), plan.depth + 1)
         self.tokens, self.num_new = torch.zeros_like(self.path), torch.ones_like(counts)
         self.roots = torch.zeros_like(self.path[:, :1])
@@ -110,19 +115,36 @@ class FixedRounds:
         self.pad_token_id = counts.new_tensor(ends.pad_token_id if self.freezes else -1)
         self.eos_token_ids = None if ends.eos_token_ids is None else counts.new_tensor(ends.eos_token_ids)
         self.logits = None
+        self.first = torch.zeros_like(counts)
+        self.fuses = False
         self.listener = draft.capture_fused_states(target)
         self.draft_trees, self.verify, self.choose, self.keep = self._stages()
 
-    def capture(self) -> None:
+    def capture(self, fuses: bool, compile_config: CompileConfig | None) -> None:
         """
         Makes each stage one launch of a CUDA graph.
+
+        Args:
+            fuses (`bool`): Whether the target's attention and norms may be those of `fused_target.py`.
+            compile_config (`CompileConfig`, *optional*): How to compile both models.
 
         Raises:
             RuntimeError: If a model asks something of the device.
         """
-        stages = capture(self._stages(), self.lengths.device)
+        self.fuses, target = fuses, self.whose()
+        if compile_config is not None:
+            self.listener.thread = None  # a compiler does not know of threads
+        with (
+            fused_norms(target) if fuses and compile_config is None else nullcontext(),
+            compiled(compile_config, target, self.draft),
+        ):
+            stages = capture(self._stages(), self.lengths.device)
         self.draft_trees, self.verify, self.choose, self.keep = stages
         self.listener = None  # it knows the target's layers
+
+    def can_fuse(self) -> bool:
+        """Whether the target computes in half precision and has no windows, which its own masks describe."""
+        return self.target.dtype in HALF_PRECISION and not any(self.windows.values())
 
     def _stages(self) -> tuple[Stage, Stage, Stage, Stage]:
         return self._draft_trees, self._verify, self._choose, self._keep
@@ -135,9 +157,11 @@ class FixedRounds:
     def tree(self) -> DraftTree:
         """The trees of the round, in the buffers."""
         is_chain = self.plan.top_k == 1
-        return DraftTree(
-            self.token_ids, self.parents, is_chain, self.plan.depth, preferred=None if is_chain else self.preferred
-        )
+        preferred = None if is_chain else self.preferred
+        tree = DraftTree(self.token_ids, self.parents, is_chain, self.plan.depth, preferred)
+        if not is_chain:
+            vars(tree)["attends"] = self.attends  # computed once a round
+        return tree
 
     def load(
         self,
@@ -167,13 +191,14 @@ class FixedRounds:
         self.is_token.fill_(True)
         if is_token is not None:
             self.is_token[:, :num_read] = is_token[:, :num_read].bool()
+        self.first.copy_((~self.is_token).sum(dim=1))
         self.cache.load(cache)
         self.memory.load(memory)
         self.roots.copy_(self.memory.roots)
 
     def take_over(self, smaller: "FixedRounds") -> None:
         """Goes on where rounds of a smaller capacity have come to."""
-        for name in ("lengths", "offsets", "limit", "path", "tokens", "num_new", "roots", "is_frozen"):
+        for name in ("lengths", "offsets", "limit", "path", "tokens", "num_new", "roots", "is_frozen", "first"):
             getattr(self, name).copy_(getattr(smaller, name))
         self.is_token.fill_(True)
         self.is_token[:, : smaller.capacity] = smaller.is_token
@@ -191,6 +216,7 @@ class FixedRounds:
         self.parents.copy_(tree.parents)
         if not tree.is_chain:
             self.preferred.copy_(tree.preferred)
+            self.attends.copy_(tree.attends)
 
     def load_verdict(self, verdict: Verdict) -> None:
         """What `keep` is to keep."""
@@ -214,10 +240,16 @@ class FixedRounds:
         slots = self.lengths[:, None] + torch.arange(len(tree), device=self.lengths.device)
         places = torch.minimum(self.lengths[:, None] + tree.depths, self.limit - 1)
         self.cache.write_at(slots)
-        with self.listener:
+        attention, masks = nullcontext(), None
+        if self.fuses:
+            view = TreeInSlots(self.lengths, self.first, tree.attends, tree.depths)
+            attention, masks = tree_attention(self.whose(), view), self.lengths.new_zeros(1, 1, 1, 1)
+        else:
+            masks = self._masks(tree, slots, places)
+        with self.listener, attention:
             outputs = self.target(
                 input_ids=tree.token_ids,
-                attention_mask=self._masks(tree, slots, places),
+                attention_mask=masks,
                 position_ids=places + self.offsets[:, None],
                 past_key_values=self.cache,
                 use_cache=True,

@@ -28,6 +28,9 @@ logger = logging.get_logger(__name__)
 
 # In float32 the tiles would not fit into shared memory.
 KERNEL_DTYPES = (torch.float16, torch.bfloat16)
+# Shared memory of a multiprocessor of an H100, and the sizes that were checked against it.
+MIN_SHARED_MEMORY = 228 * 1024
+MAX_LATENT_DIM, MAX_KEY_DIM = 512, 128
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def attend_latents(
         ValueError: Where shapes or types do not fit together.
     """
     check_inputs(query, c_kv, k_rope, lengths, drafted, first, keys)
-    attend = _triton().attend if runs_on_triton(query, c_kv) else attend_by_definition
+    attend = _triton().attend if runs_on_triton(query, c_kv, k_rope, keys) else attend_by_definition
     return attend(query, c_kv, k_rope, lengths, scaling, drafted, first, keys)
 
 
@@ -194,14 +197,34 @@ def expect(name: str, what: str, actual, expected) -> None:
         raise ValueError(f"The {what} of `{name}` must be {expected}, got {actual}.")
 
 
-def runs_on_triton(query: Tensor, c_kv: Tensor) -> bool:
-    """Whether the kernels take these tensors; says so once where only Triton is missing."""
-    if not query.is_cuda or query.dtype not in KERNEL_DTYPES or c_kv.shape[-1] % 16 != 0:
+def runs_on_triton(query: Tensor, c_kv: Tensor, k_rope: Tensor, keys: RotatedKeys | None) -> bool:
+    """Whether the kernels take these tensors; says so once where they do not, though the tensors are on a GPU."""
+    if not query.is_cuda:
         return False
-    if not has_triton():
-        logger.warning_once("Triton is not installed: attention to latents runs without its kernels, which is slower.")
-        return False
-    return True
+    obstacle = kernel_obstacle(query, c_kv, k_rope, keys)
+    if obstacle is not None:
+        logger.warning_once(f"Attention to latents runs without its kernels, which is slower: {obstacle}.")
+    return obstacle is None
+
+
+def kernel_obstacle(query: Tensor, c_kv: Tensor, k_rope: Tensor, keys: RotatedKeys | None) -> str | None:
+    """Why the kernels do not take these tensors of a GPU, if so."""
+    latent_dim, key_dim = c_kv.shape[-1], k_rope.shape[-1] if keys is None else query.shape[-1]
+    if query.dtype not in KERNEL_DTYPES:
+        return f"they take float16 and bfloat16, not {query.dtype}"
+    if latent_dim % 16 != 0 or latent_dim > MAX_LATENT_DIM:
+        return f"they take latents of a multiple of 16 up to {MAX_LATENT_DIM}, not of {latent_dim}"
+    if key_dim > MAX_KEY_DIM:
+        return f"they take heads and R up to {MAX_KEY_DIM}, not {key_dim}"
+    if shared_memory(query.device) < MIN_SHARED_MEMORY:
+        return f"they need {MIN_SHARED_MEMORY} bytes of shared memory, and this GPU has {shared_memory(query.device)}"
+    return None if has_triton() else "Triton is not installed"
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of one multiprocessor; a block of threads may have all but 1024 of them."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
 
 
 @functools.cache

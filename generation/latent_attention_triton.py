@@ -1,6 +1,6 @@
 """Triton kernels of `attend_latents`: attention split over the slots (flash-decoding), over latents.
 
-A program takes the rows of all heads that share keys, up to 128 of them, and a contiguous part of the slots of a
+A program takes the rows of all heads that share keys, up to 64 of them, and a contiguous part of the slots of a
 sequence. It reads a tile of latents once, for scores and for values. A second kernel joins the parts. Everything is
 transposed, slots or latent entries first and query rows last: a matrix product on the device wants at least 64 of the
 first and is content with 16 of the last.
@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 MIN_BLOCK = 16  # of a dimension of a matrix product
-MAX_ROWS = 128
+MAX_ROWS = 64
 # Entries of the float32 accumulator, latent width times rows, that fit into the registers of eight warps.
-MAX_ACCUMULATOR = 32768
+MAX_ACCUMULATOR = 16384
 CPU_PROGRAMS = 12
 JOINED_PARTS = 16
 
@@ -42,7 +42,8 @@ def attend(
     num_row_tiles = triton.cdiv(heads_per_group * num_rows, tile["BLOCK_ROWS"])
     max_parts = triton.cdiv(num_slots, tile["BLOCK_SLOTS"])
     programs = batch_size * num_groups * num_row_tiles
-    num_parts = max(1, min(max_parts, triton.cdiv(num_programs(query.device), programs)))
+    # Not one program more than run at once: the last few would double the time.
+    num_parts = max(1, min(max_parts, num_programs(query.device, tile["num_warps"]) // programs))
     partial = query.new_empty(batch_size, num_parts, num_heads, num_rows, latent_dim, dtype=torch.float32)
     lse = query.new_empty(batch_size, num_parts, num_heads, num_rows, dtype=torch.float32)
     lengths, first = lengths.contiguous(), lengths if first is None else first.contiguous()
@@ -108,7 +109,7 @@ def tile_sizes(num_rows: int, latent_dim: int, element_size: int, is_rotated: bo
     block_rows = min(most, block_of(num_rows))
     is_small = element_size == 4 or latent_dim > 256
     block_slots = 32 if element_size == 4 else 64
-    num_warps = 8 if is_rotated or block_rows * latent_dim > 16384 else 4
+    num_warps = 8 if is_rotated or block_rows * latent_dim > MAX_ACCUMULATOR // 2 else 4
     num_stages = 1 if is_small else 2
     return {
         "CHUNK": chunk,
@@ -123,9 +124,9 @@ def block_of(size: int) -> int:
     return max(MIN_BLOCK, triton.next_power_of_2(size))
 
 
-def num_programs(device: torch.device) -> int:
-    """How many programs fill the device."""
-    return sm_count(device) if device.type == "cuda" else CPU_PROGRAMS
+def num_programs(device: torch.device, num_warps: int) -> int:
+    """How many programs run at once; eight warps fill the registers of a multiprocessor, four half of them."""
+    return sm_count(device) * 8 // num_warps if device.type == "cuda" else CPU_PROGRAMS
 
 
 @functools.cache
@@ -173,10 +174,10 @@ def _load_chunks(pointer, row_offset, is_row, NUM_CHUNKS: tl.constexpr, CHUNK: t
 
 @triton.jit
 def _cos_sin(angle):
-    """Cosine and sine to 1e-7, of float32 up to 1e5: those of the library need too many registers for large angles."""
+    """Cosine and sine of float32 angles up to 1e6; those of the library take too many registers for larger ones."""
     quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
     # A quarter turn in three parts, of which the first two have few enough bits for exact products.
-    rest = angle - quarters * 1.5703125 - quarters * 0.0004825592041015625 - quarters * 1.2675907950567174e-06
+    rest = angle - quarters * 1.5625 - quarters * 0.0081787109375 - quarters * 0.000117615857396558
     square = rest * rest
     cos = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
     sin = rest * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))))

@@ -28,7 +28,8 @@ from .memory import DraftMemory
 from .metrics import SpeculationStats
 from .ragged import RaggedTexts
 from .sampling import stateless_warpers
-from .support import TreePlan, draft_window, fixed_shapes, schedule
+from .support import TreePlan, compile_config, draft_window, fixed_shapes, schedule
+from .timing import Stopwatch
 from .traces import Traces
 from .transcript import Transcript
 from .verification import TextsInStep, Walks
@@ -135,13 +136,15 @@ def decode_at_fixed_shapes(
         with stats.times.draft:
             memory.read_prompt(draft, target)
         draw = texts.noise.peek(0) if transcript.do_sample else None
-        shelf = Shelf(target, draft, plan, transcript, cache, memory, draw)
+        is_token = model_kwargs.get("attention_mask")
+        is_padded_left = is_token is None or bool((is_token.diff(dim=1) >= 0).all() and is_token[:, -2:].all())
+        shelf = Shelf(target, draft, plan, transcript, cache, memory, draw, is_padded_left, stats.times.capture)
         num_read, num_nodes = cache.get_seq_length(), tree_size(plan)
         rounds = shelf.rounds_for(num_read + 2 * num_nodes)
         if rounds is None:
             return False
         positions = root_positions(model_kwargs, num_read)
-        is_token, limit = model_kwargs.get("attention_mask"), transcript.max_slots
+        limit = transcript.max_slots
         rounds.load(cache, memory, is_token, positions, limit, transcript.is_frozen)
         if device_can_choose(texts):
             rounds = follow_the_device(shelf, rounds, texts, stats)
@@ -288,6 +291,8 @@ class Shelf:
     Args:
         target, draft, plan, cache, memory, draw: As for [`FixedRounds`].
         transcript ([`Transcript`]): The text.
+        is_padded_left (`bool`): Whether padding, if there is any, stands before the texts and nowhere else.
+        stopwatch ([`Stopwatch`]): Of captures.
     """
 
     def __init__(
@@ -299,13 +304,24 @@ class Shelf:
         cache: Cache,
         memory: DraftMemory,
         draw: Tensor | None,
+        is_padded_left: bool,
+        stopwatch: Stopwatch,
     ):
         self.target, self.draft, self.cache = target, draft, cache
         warpers, ends = stateless_warpers(transcript.logits_processor), ends_of(transcript)
         self.settings = plan, warpers, cache, memory
-        self.draw, self.ends = draw, ends
+        self.draw, self.ends, self.is_padded_left = draw, ends, is_padded_left
+        self.compile_config, self.stopwatch = compile_config(draft), stopwatch
         self.kept = _kept.setdefault(draft, OrderedDict())
-        key = plan, len(memory.num_rows), draw is None, tuple(map(repr_of, warpers)), ends, target.dtype
+        key = (
+            plan,
+            len(memory.num_rows),
+            draw is None,
+            tuple(map(repr_of, warpers)),
+            ends,
+            target.dtype,
+            is_padded_left,
+        )
         self.key = *key, fingerprint(target), fingerprint(draft)
 
     def rounds_for(self, num_slots: int) -> FixedRounds | None:
@@ -317,10 +333,8 @@ class Shelf:
             return self.kept[key]
         rounds = self._new(capacity)
         if self.target.device.type == "cuda":
-            try:
-                rounds.capture()
-            except Exception as error:  # whatever a model raises that asks something of the device
-                give_reason(self.target, f"{type(error).__name__}: {error}")
+            rounds = self._captured(rounds)
+            if rounds is None:
                 return None
             self.kept[key] = rounds
             while len(self.kept) > MOST_KEPT:
@@ -332,6 +346,20 @@ class Shelf:
         larger = self.rounds_for(num_slots) or self._new(next(size for size in capacities() if size >= num_slots))
         larger.take_over(rounds)
         return larger
+
+    def _captured(self, rounds: FixedRounds) -> FixedRounds | None:
+        """The rounds as graphs; where the target takes no attention but its own, with that."""
+        errors = []
+        for fuses in [True, False] if self.is_padded_left and rounds.can_fuse() else [False]:
+            try:
+                with self.stopwatch:
+                    rounds.capture(fuses, self.compile_config)
+                return rounds
+            except Exception as error:  # whatever a model raises that asks something of the device
+                errors.append(f"{type(error).__name__}: {error}")
+                rounds = self._new(rounds.capacity)
+        give_reason(self.target, errors[-1])
+        return None
 
     def _new(self, capacity: int) -> FixedRounds:
         plan, warpers, cache, memory = self.settings

@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, replace
 
 from torch import Tensor
-from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import logits_process, stopping_criteria
 
 from .branching import can_branch
@@ -95,6 +95,7 @@ def check_call(
     schedule(draft)
     draft_window(draft)
     fixed_shapes(draft)
+    compile_config(draft)
     _check_cache(generation_config, model_kwargs)
     if model_kwargs.get("inputs_embeds") is not None:
         raise NotImplementedError("`inputs_embeds` must be None: an EAGLE-3 draft needs the prompt's `input_ids`.")
@@ -209,6 +210,21 @@ def fixed_shapes(draft) -> bool | None:
     value = getattr(draft.generation_config, "fixed_shapes", None)
     if value is not None and not isinstance(value, bool):
         raise ValueError(f"`draft.generation_config.fixed_shapes` must be None, True or False, got {value!r}.")
+    return value
+
+
+def compile_config(draft) -> CompileConfig | None:
+    """
+    How target and draft are compiled before they are captured, from `draft.generation_config.compile_config`.
+
+    Raises:
+        ValueError: If it is neither None nor a `CompileConfig`.
+    """
+    value = draft.generation_config.compile_config
+    if value is not None and not isinstance(value, CompileConfig):
+        raise ValueError(
+            f"`draft.generation_config.compile_config` must be None or a transformers.CompileConfig, got {value!r}."
+        )
     return value
 
 

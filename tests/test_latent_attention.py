@@ -14,7 +14,7 @@ from eagle3_mla.modeling_eagle3_mla import Eagle3MLARotaryEmbedding, LatentAtten
 SMALL_SHAPES = {
     "rotated": (2, 4, 2, 3, 64, 0, 8, 100, 6, True),
     "rotated-chunks": (1, 4, 2, 1, 96, 0, 24, 200, 0, False),
-    "rotated-many-rows": (1, 8, 2, 40, 16, 0, 8, 90, 40, False),
+    "rotated-many-rows": (1, 8, 2, 20, 16, 0, 8, 90, 40, False),
     "rotated-one-slot": (3, 4, 4, 1, 32, 0, 16, 1, 1, False),
     "decoupled": (2, 4, 2, 3, 64, 16, 8, 300, 6, True),
     "decoupled-chunks": (1, 4, 1, 10, 80, 24, 8, 100, 20, False),
@@ -124,7 +124,7 @@ def test_one_captured_graph_serves_a_growing_cache(rope):
         inputs["lengths"].copy_(torch.tensor(lengths, dtype=torch.int32))
         graph.replay()
         expected = attend_by_definition(**in_double(inputs))
-        torch.testing.assert_close(output.double(), expected, atol=1.6e-2, rtol=0)
+        torch.testing.assert_close(output.double(), expected, atol=1.6e-2, rtol=1.6e-2)
 
 
 def layer_and_inputs(rope: int) -> tuple[LatentAttention, dict]:
@@ -202,14 +202,49 @@ def test_shapes_that_do_not_fit_are_refused():
         attend_latents(**inputs | {"drafted": replace(inputs["drafted"], positions=None)})
 
 
-def test_a_missing_triton_is_said_and_the_definition_runs(monkeypatch):
-    class OnGPU:
-        is_cuda, dtype, shape = True, torch.bfloat16, (1, 1, 1, 64)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_positions_far_into_a_text_are_as_exact_as_near_ones():
+    pytest.importorskip("triton")
+    from eagle3_mla.generation.latent_attention_triton import attend
 
-    monkeypatch.setattr(module, "has_triton", lambda: False)
+    inputs = random_inputs(SMALL_SHAPES["rotated"], torch.float32)
+    # Only the drafted slots are held, far apart.
+    inputs["first"] = inputs["lengths"] - 6
+    positions = torch.tensor([[131071, 131050, 99999, 65536, 65535, 17]] * 2, dtype=torch.int32)
+    inputs["drafted"] = replace(inputs["drafted"], positions=positions)
+    expected = attend_by_definition(**in_double(inputs))
+    torch.testing.assert_close(attend(**inputs).double(), expected, atol=1e-5, rtol=0)
+
+
+def on_gpu(dtype: torch.dtype = torch.bfloat16, width: int = 64):
+    class OnGPU:
+        is_cuda, device, shape = True, torch.device("cuda"), (1, 1, 1, width)
+
+    OnGPU.dtype = dtype
+    return OnGPU
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(module, "shared_memory", lambda device: 228 * 1024)
+
+
+def test_a_gpu_whose_kernels_cannot_run_takes_the_definition_and_says_why(hopper, monkeypatch):
     messages = []
     monkeypatch.setattr(module.logger, "warning_once", messages.append)
-    assert not module.runs_on_triton(OnGPU, OnGPU)
-    assert len(messages) == 1
+    monkeypatch.setattr(module, "has_triton", lambda: False)
+    assert not module.runs_on_triton(on_gpu(), on_gpu(), on_gpu(), None)
+    assert messages == ["Attention to latents runs without its kernels, which is slower: Triton is not installed."]
     monkeypatch.setattr(module, "has_triton", lambda: True)
-    assert module.runs_on_triton(OnGPU, OnGPU)
+    assert module.runs_on_triton(on_gpu(), on_gpu(), on_gpu(), None)
+    assert len(messages) == 1
+
+
+def test_what_the_kernels_were_not_made_for_is_named(hopper, monkeypatch):
+    monkeypatch.setattr(module, "has_triton", lambda: True)
+    assert "not torch.float32" in module.kernel_obstacle(on_gpu(torch.float32), on_gpu(), on_gpu(), None)
+    assert "not of 72" in module.kernel_obstacle(on_gpu(), on_gpu(width=72), on_gpu(), None)
+    assert "not of 1024" in module.kernel_obstacle(on_gpu(), on_gpu(width=1024), on_gpu(), None)
+    assert "R up to 128, not 256" in module.kernel_obstacle(on_gpu(), on_gpu(), on_gpu(width=256), None)
+    monkeypatch.setattr(module, "shared_memory", lambda device: 99 * 1024)
+    assert "this GPU has 101376" in module.kernel_obstacle(on_gpu(), on_gpu(), on_gpu(), None)

@@ -1,0 +1,125 @@
+"""What a target's captured forward does better than its own code, with the same numbers up to rounding.
+
+    attention    to a tree by `tree_attention.py`: no mask of all slots, keys and values are not repeated for every
+                 query head, and slots that are not in use cost nothing
+    RMSNorm      one kernel instead of six
+
+Both are put in place while a graph is captured, and only then: what a graph has recorded it keeps.
+
+Shapes: B batch, N nodes, H heads, G key-value heads, K slots.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from .opaque_ops import tree_attention_op
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+NAME = "eagle3_mla_tree"
+# What attention functions get that has no bearing on the result at inference, or says what is known here anyhow.
+KNOWN_ARGUMENTS = {"dropout", "position_ids", "is_causal", "use_cache", "cache_position", "logits_to_keep"}
+
+
+@dataclass(frozen=True)
+class TreeInSlots:
+    """
+    The trees of a round and where they stand in the cache; see `tree_attention.py` for shapes.
+
+    Args:
+        lengths (`torch.Tensor`), first (`torch.Tensor`): Slots in use of each sequence, and the first behind padding.
+        attends (`torch.Tensor`), depths (`torch.Tensor`): Of the nodes.
+    """
+
+    lengths: Tensor
+    first: Tensor
+    attends: Tensor
+    depths: Tensor
+
+
+# Of the graph that is being captured: attention functions get nothing but tensors of their layer.
+_trees: list[TreeInSlots] = []
+
+
+def attend_to_tree(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sliding_window: int | None = None,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """
+    An attention function of transformers, `(B, H, N, d)` over `(B, G, K, d)` -> `(B, N, H, d)`.
+
+    Raises:
+        NotImplementedError: If a target's attention asks for more.
+    """
+    unknown = {name for name, given in kwargs.items() if given is not None} - KNOWN_ARGUMENTS
+    if unknown or sliding_window is not None:
+        raise NotImplementedError(f"attention with {sorted(unknown)} and a window of {sliding_window}")
+    tree = _trees[-1]
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    arguments = tree.lengths, tree.first, tree.attends, tree.depths, scaling, softcap, s_aux
+    return tree_attention_op(query, key, value, *arguments), None
+
+
+AttentionInterface.register(NAME, attend_to_tree)
+
+
+@contextmanager
+def tree_attention(target: PreTrainedModel, tree: TreeInSlots) -> Iterator[None]:
+    """While the context is open, `target` attends to the slots by `tree`; masks are not looked at."""
+    config = target.config.get_text_config(decoder=True)
+    implementation = config._attn_implementation_internal
+    config._attn_implementation_internal = NAME
+    _trees.append(tree)
+    try:
+        yield
+    finally:
+        _trees.pop()
+        config._attn_implementation_internal = implementation
+
+
+@contextmanager
+def fused_norms(target: PreTrainedModel) -> Iterator[None]:
+    """While the context is open, each RMSNorm of `target` that is the usual one runs as one kernel."""
+    with ExitStack() as stack:
+        for module in target.modules():
+            if type(module).__name__.endswith("RMSNorm") and is_usual_norm(module):
+                module.forward = partial(fused_norm, module.weight, module.variance_epsilon)
+                stack.callback(delattr, module, "forward")
+        yield
+
+
+def is_usual_norm(module: nn.Module) -> bool:
+    """Whether a norm computes what [`fused_norm`] does, in half precision; tried on random states."""
+    names = dict(module.named_parameters(recurse=False))
+    eps = vars(module).get("variance_epsilon")
+    if set(names) != {"weight"} or eps is None or module.weight.dtype not in HALF_PRECISION:
+        return False
+    weight = module.weight
+    states = torch.randn(8, weight.shape[0], device=weight.device, dtype=weight.dtype, generator=generator_on(weight))
+    expected = module(states)
+    tolerance = 4 * torch.finfo(weight.dtype).eps
+    return torch.allclose(fused_norm(weight, eps, states), expected, rtol=tolerance, atol=tolerance)
+
+
+def fused_norm(weight: Tensor, eps: float, states: Tensor) -> Tensor:
+    """RMSNorm (arXiv:1910.07467) of `(..., D)`."""
+    return F.rms_norm(states, weight.shape, weight, eps)
+
+
+def generator_on(tensor: Tensor) -> torch.Generator:
+    """A generator of its own: nobody's random numbers are used up."""
+    return torch.Generator(tensor.device).manual_seed(0)
