@@ -92,9 +92,7 @@ def join(chats: list[list[dict]], tokenizer, max_tokens: int) -> torch.Tensor:
             break
         messages, longest = [*messages, *chat], prompt
     if longest is None:
-        raise ValueError(
-            f"`--joined` must leave room for a conversation of {prompt.shape[1]} tokens, got {max_tokens}."
-        )
+        raise ValueError(f"`--joined` must be at least {prompt.shape[1]}, the first conversation's, got {max_tokens}.")
     return longest
 
 
