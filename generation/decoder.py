@@ -21,6 +21,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from .branching import can_branch
 from .caches import keep_path
+from .chunks import ChunkLimit
 from .drafting import draft_tree
 from .memory import DraftMemory
 from .metrics import SpeculationStats
@@ -139,11 +140,14 @@ def decode(
 
     may_differ = may_differ_in_length(target, transcript, traces.are_wanted)
     texts = RaggedTexts(transcript) if may_differ else TextsInStep(transcript)
+    limit = ChunkLimit.of(target)
+    limit.warn(target, transcript.stopping_criteria.max_length)
     sizes = sizes_for(draft, target, largest_plan(draft, target), len(transcript.input_ids))
     max_length = transcript.stopping_criteria.max_length
     with uneven_windows(cache) if texts.lengths else nullcontext():
         while not transcript.is_finished:
             plan = sizes.begin_round().at_most(transcript.max_new_tokens - 1)
+            plan = plan.at_most(limit.depth(plan.depth, texts.ids))
             tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, texts.noise)
             tree = texts.fit(tree, plan.depth)
             with captured:
