@@ -1,7 +1,8 @@
 """Chunks: whether, and how far, a target reads several tokens at once as it reads them one by one.
 
-Every round rests on it, and no target says whether it does. That it keeps a cache and reads from left to right is tried
-on a few tokens; what shows in long texts only is known by name: there each token is read alone, as in plain generation.
+Every round rests on it, and no target says whether it does. That it keeps a cache and reads from left to right is
+tried on a few tokens; what shows in long texts only is known by name: there each token is read alone, as in plain
+generation.
 
 Shapes: B batch, T tokens, V vocabulary.
 """
@@ -42,9 +43,7 @@ class ChunkLimit:
         """The limit of a target, by its configuration."""
         config = target.config.get_text_config(decoder=True)
         if (num_keys := getattr(config, "index_topk", None)) is not None:
-            return cls(
-                num_keys, f"it chooses `index_topk` ({num_keys}) of the keys, and not the same of equally good ones"
-            )
+            return cls(num_keys, f"it chooses `index_topk` ({num_keys}) keys, and not the same of equally good ones")
         if config.model_type in TYPES_WITH_WINDOWS_OF_CACHE and config.sliding_window is not None:
             return cls(config.sliding_window, f"its mask does not know its `sliding_window` ({config.sliding_window})")
         return cls(None)
@@ -84,13 +83,13 @@ def check_chunks(target: PreTrainedModel, target_cache: Cache) -> None:
     name = type(target).__name__
     if draws_random_numbers(target):
         raise NotImplementedError(
-            f"{name} is in training mode and draws random numbers, as for dropout: its text would not be that of plain "
-            "generation. Call `target.eval()`."
+            f"{name} is in training mode and draws random numbers, as for dropout: its text would not be that of "
+            "plain generation. Call `target.eval()`."
         )
     if any(layer.is_sliding and layer.sliding_window < 2 for layer in target_cache.layers):
         raise NotImplementedError(
-            f"The `sliding_window` of {name} must be at least 2 for an EAGLE-3 draft, got 1, with which the cache drops "
-            "nothing. Pass no `assistant_model`."
+            f"The `sliding_window` of {name} must be at least 2 for an EAGLE-3 draft, got 1, with which the "
+            "cache drops nothing. Pass no `assistant_model`."
         )
     known = _known_targets.setdefault(target, {})
     settings = target.config._attn_implementation, target.dtype, getattr(target.config, "is_causal", None)
@@ -102,7 +101,7 @@ def check_chunks(target: PreTrainedModel, target_cache: Cache) -> None:
 
 @torch.no_grad()
 def draws_random_numbers(target: PreTrainedModel) -> bool:
-    """Whether a forward of `target` moves a random generator. Only asked of one that is, or holds, a training module."""
+    """Whether a forward of `target` moves a random generator, if any of its modules is in training mode."""
     if not any(module.training for module in target.modules()):
         return False
     devices = {parameter.device for parameter in target.parameters()}
@@ -117,7 +116,7 @@ def draws_random_numbers(target: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def _why_not(target: PreTrainedModel) -> str | None:
-    """What `target` does instead of reading a chunk from left to right into a cache, and the way out; `None`: nothing."""
+    """What `target` does instead of reading from left to right into a cache, and the way out; `None`: nothing."""
     tokens = torch.arange(6, device=target.get_input_embeddings().weight.device)
     read = [_read_chunk(target, tokens[:2], chunk) for chunk in (tokens[2:5], tokens[[2, 3, 5]])]
     is_encoder = getattr(target.config, "is_decoder", None) is False

@@ -118,7 +118,7 @@ def test_bert_as_a_decoder_is_drafted_for(lengths):
 def test_window_of_one_token_is_refused_by_name():
     target = ready(lambda: MistralForCausalLM(MistralConfig(sliding_window=1, **SHAPE)))
     with pytest.raises(
-        NotImplementedError, match="`sliding_window` of MistralForCausalLM must be at least 2 .* got 1"
+        NotImplementedError, match=r"`sliding_window` of MistralForCausalLM must be at least 2 .* got 1"
     ):
         run(target, make_prompts([5]), assistant_model=make_draft(target))
     target = ready(lambda: MistralForCausalLM(MistralConfig(sliding_window=2, **SHAPE)))
