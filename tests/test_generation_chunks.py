@@ -71,6 +71,19 @@ def deepseek_v32():
     return transformers.DeepseekV32ForCausalLM(config)
 
 
+def gemma4():
+    transformers = pytest.importorskip("transformers", minversion="5.23")
+    config = transformers.Gemma4TextConfig(
+        **SHAPE,
+        global_head_dim=16,
+        num_global_key_value_heads=1,
+        sliding_window=8,
+        vocab_size_per_layer_input=VOCAB_SIZE,
+        hidden_size_per_layer_input=8,
+    )
+    return transformers.Gemma4ForCausalLM(config)
+
+
 def moshi():
     shape = {name: value for name, value in SHAPE.items() if name not in ("intermediate_size", "eos_token_id")}
     config = MoshiConfig(**shape, ffn_dim=64, sliding_window=LIMIT, eos_token_id=None, tie_word_embeddings=False)
@@ -107,6 +120,16 @@ def test_targets_without_a_cache_or_a_direction_are_refused_by_name(make_target,
     target = ready(make_target)
     with pytest.raises(NotImplementedError, match=message):
         run(target, make_prompts([5]), assistant_model=set_tree(make_draft(target), 7, top_k))
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+@pytest.mark.parametrize("lengths", [[5], [5, 3]], ids=["one", "batch"])
+def test_target_whose_layers_have_heads_of_two_sizes_is_drafted_for(lengths, top_k):
+    target = ready(gemma4)
+    draft = set_tree(make_draft(target), 7, top_k)
+    assert draft.config.head_dim == 32 // 4
+    for do_sample in False, True:
+        assert_same_generation(target, draft, make_prompts(lengths), do_sample=do_sample)
 
 
 @pytest.mark.parametrize("lengths", [[5], [5, 3]], ids=["one", "batch"])
