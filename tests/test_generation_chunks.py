@@ -17,6 +17,7 @@ from reference_generation import (
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    DynamicCache,
     GitConfig,
     GitForCausalLM,
     GPT2Config,
@@ -120,6 +121,19 @@ def test_targets_without_a_cache_or_a_direction_are_refused_by_name(make_target,
     target = ready(make_target)
     with pytest.raises(NotImplementedError, match=message):
         run(target, make_prompts([5]), assistant_model=set_tree(make_draft(target), 7, top_k))
+
+
+def test_rounding_by_neighbours_is_forgiven_to_quantised_targets_only():
+    refused = []
+    for settings in None, {"load_in_8bit": True}:
+        target = ready(TARGETS["llama"])
+        target.config.quantization_config = settings
+        target.lm_head.register_forward_hook(lambda _, __, logits: logits + 0.01 * logits.mean(dim=1, keepdim=True))
+        try:
+            chunks.check_chunks(target, DynamicCache(config=target.config))
+        except NotImplementedError:
+            refused.append(settings)
+    assert refused == [None]
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
