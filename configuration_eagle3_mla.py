@@ -377,9 +377,16 @@ def _rope_of_target(text_config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _first_of(config: PreTrainedConfig, names: tuple[str, ...], default: Any) -> Any:
-    """The first of the attributes `names` that `config` has and that is not `None`."""
-    values = (getattr(config, name, None) for name in names)
+    """The first of the attributes `names` that `config` has for all layers and that is not `None`."""
+    values = (_for_all_layers(config, name) for name in names)
     return next((value for value in values if value is not None), default)
+
+
+def _for_all_layers(config: PreTrainedConfig, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # how a configuration of transformers 5.23 says that layers differ in it, as Gemma 4's
+        return None
 
 
 __all__ = ["Eagle3MLAConfig"]

@@ -154,9 +154,11 @@ def _read(target: PreTrainedModel, prompt: Tensor, token_ids: Tensor, tree: Draf
     """The target's logits `(N, V)` of a chain or a tree after `prompt`, in fp32."""
     cache = DynamicCache(config=target.config)
     mask = torch.ones(1, len(prompt), dtype=torch.long, device=prompt.device)
+    mask[:, 0] = 0  # padding: some targets (GIT) read a 2D mask otherwise than a 4D one
     target(input_ids=prompt[None], attention_mask=mask, past_key_values=cache, use_cache=True)
     position_ids = len(prompt) + torch.arange(len(token_ids), device=prompt.device)[None]
-    inputs = {"position_ids": position_ids, "attention_mask": mask.new_ones(1, len(prompt) + len(token_ids))}
+    read_mask = torch.cat([mask, mask.new_ones(1, len(token_ids))], dim=1)
+    inputs = {"position_ids": position_ids, "attention_mask": read_mask}
     if tree is not None:
         inputs |= branching_inputs(target, tree, inputs, {"past_key_values": cache, "attention_mask": mask})
     return target(input_ids=token_ids[None], past_key_values=cache, use_cache=True, **inputs).logits[0].float()

@@ -21,13 +21,14 @@ from transformers.generation.streamers import BaseStreamer
 
 from .branching import can_branch
 from .caches import keep_path
+from .chunks import ChunkLimit
 from .continuations import Beginning, num_omitted
 from .drafting import draft_tree
 from .memory import DraftMemory
 from .metrics import SpeculationStats
 from .ragged import RaggedTexts
 from .rope_limit import check_rope
-from .runtime import decode_at_fixed_shapes, takes_fixed_shapes
+from .runtime import decode_at_fixed_shapes, slots_of, takes_fixed_shapes
 from .sizing import ConstantSize, TreeSizer, sizes_for
 from .support import TreePlan, check_call, may_differ_in_length, pad_token, tree_plan
 from .timing import CallTimes
@@ -180,10 +181,13 @@ def decode_round_by_round(
 
     **Effects**: fills `transcript`, `traces` and `stats`; moves `cache` and `memory` on.
     """
+    limit = ChunkLimit.of(target)
+    limit.warn(target, transcript.max_slots)
     # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
     with recorded_past(cache), uneven_windows(cache) if texts.lengths else nullcontext():
         while not transcript.is_finished:
             plan = sizes.begin_round().at_most(transcript.max_new_tokens - 1)
+            plan = plan.at_most(limit.depth(plan.depth, slots_of(texts)))
             tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, texts.noise)
             tree = texts.fit(tree, plan.depth)
             with captured:

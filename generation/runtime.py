@@ -23,6 +23,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import EosTokenCriteria
 
 from .branching import can_branch
+from .chunks import ChunkLimit
 from .fixed_rounds import Ends, FixedRounds, tree_size
 from .memory import DraftMemory
 from .metrics import SpeculationStats
@@ -94,6 +95,7 @@ def why_shapes_vary(
         "hidden states or attentions are wanted": traces.are_wanted,
         f"models and text are on several devices: {', '.join(sorted(map(str, devices)))}": len(devices) > 1,
         f"the target has inputs besides the usual ones: {', '.join(sorted(unknown))}": bool(unknown),
+        f"beyond some length {ChunkLimit.of(target).reason}": ChunkLimit.of(target).num_tokens is not None,
         "positions have several axes": positions is not None and positions.dim() != 2,
         "the target's cache is of a kind of its own": not {type(layer) for layer in cache.layers} <= KNOWN_LAYERS,
         "the target or the draft has hooks, which a graph would not call": has_hooks(target) or has_hooks(draft),
@@ -192,9 +194,7 @@ def choose_on_the_host(
     return rounds
 
 
-def follow_the_device(
-    shelf: "Shelf", rounds: FixedRounds, texts: RaggedTexts, stats: SpeculationStats
-) -> FixedRounds:
+def follow_the_device(shelf: "Shelf", rounds: FixedRounds, texts: RaggedTexts, stats: SpeculationStats) -> FixedRounds:
     """
     All rounds, in which the device chooses and goes on by itself; the host reads what it has chosen. Returns the rounds
     with the last buffers.

@@ -27,6 +27,8 @@ STATELESS_WARPERS = (
     logits_process.EpsilonLogitsWarper,
     logits_process.EtaLogitsWarper,
 )
+# Those whose default generator is known.
+DEVICES = ("cpu", "cuda")
 
 
 class Noise:

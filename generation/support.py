@@ -11,6 +11,7 @@ from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrain
 from transformers.generation import logits_process, stopping_criteria
 
 from .branching import can_branch
+from .chunks import check_chunks
 from .draft_window import DEFAULT_SINK, DraftWindow
 from .sampling import STATELESS_WARPERS, is_stateless
 from .transcript import Transcript
@@ -112,6 +113,7 @@ def check_call(
         raise NotImplementedError(
             "`assistant_ensemble_weight` changes the text and is not supported with an EAGLE-3 draft, pass None."
         )
+    check_chunks(target, model_kwargs["past_key_values"])
 
 
 def may_differ_in_length(target: PreTrainedModel, transcript: Transcript, is_traced: bool) -> bool:
@@ -258,7 +260,9 @@ def confidence_threshold(draft) -> float | None:
 
 def _check_cache(generation_config: GenerationConfig, model_kwargs: dict) -> None:
     if not model_kwargs.get("use_cache"):
-        raise ValueError("`use_cache` must be True for an EAGLE-3 draft, got False.")
+        raise ValueError(
+            "`use_cache` must be True for an EAGLE-3 draft, got False. Pass `use_cache=True`, or no `assistant_model`."
+        )
     cache = model_kwargs.get("past_key_values")
     if not isinstance(cache, DynamicCache):
         raise NotImplementedError(

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
-from .sampling import Noise, check_distribution, choose_token
+from .sampling import DEVICES, Noise, check_distribution, choose_token, default_generator
 
 
 @dataclass
@@ -51,6 +51,9 @@ class Transcript:
 
     def __post_init__(self):
         self.num_flushed = self.input_ids.shape[1]
+        is_streamed = self.streamer is not None and self.input_ids.device.type in DEVICES
+        self.generator = default_generator(self.input_ids.device) if is_streamed else None
+        self.random_states: list[Tensor | None] = []
         self.is_done = torch.zeros(len(self.input_ids), dtype=torch.bool, device=self.input_ids.device)
         self.freezes = any(hasattr(criterion, "eos_token_id") for criterion in self.stopping_criteria)
 
@@ -108,6 +111,8 @@ class Transcript:
         if self.logits is not None:
             self.logits += (logits,)
         self.is_done = self.is_done | self.stopping_criteria(self.input_ids, self.scores)
+        if self.streamer is not None:
+            self.random_states.append(self.generator and self.generator.get_state())
 
     def move_to(self, device: torch.device | str) -> None:
         """Where the tokens are kept."""
@@ -116,9 +121,18 @@ class Transcript:
             self.pad_token_id = self.pad_token_id.to(device)
 
     def flush(self) -> None:
-        """Hands the tokens that were appended since the last call to the streamer, one by one."""
+        """
+        Hands the tokens that were appended since the last call to the streamer, one by one.
+
+        **Effects**: the random generator stands, at each of them, where plain generation has it then, so that a
+        streamer that raises leaves it there.
+        """
         if self.streamer is None:
             return
-        for tokens in self.input_ids[:, self.num_flushed :].cpu().unbind(dim=1):
+        new_tokens = self.input_ids[:, self.num_flushed :].cpu().unbind(dim=1)
+        for tokens, state in zip(new_tokens, self.random_states, strict=True):
+            if self.generator is not None:
+                self.generator.set_state(state)
             self.streamer.put(tokens)
         self.num_flushed = self.input_ids.shape[1]
+        self.random_states.clear()

@@ -12,7 +12,9 @@ from reference_generation import (
     assert_same_generation,
     make_draft,
     make_prompt,
+    make_prompts,
     run,
+    set_tree,
 )
 from transformers import DynamicCache, LogitsProcessor, StoppingCriteria
 
@@ -192,6 +194,73 @@ def test_exception_ends_the_stream_and_leaves_the_random_state_of_plain_generati
     assert streamer.has_ended
     assert states[0] == states[1]
     assert not llama.model.layers[2]._forward_pre_hooks
+
+
+class FailingStreamer(RecordingStreamer):
+    """Raises at the token after `num_tokens` ones, the prompt not counted."""
+
+    def __init__(self, num_tokens: int):
+        super().__init__()
+        self.num_tokens = num_tokens
+
+    def put(self, value):
+        super().put(value)
+        if len(self.pieces) == self.num_tokens + 2:
+            raise BrokenPipeError
+
+
+class FailingProcessor(LogitsProcessor):
+    """Raises at the call after `num_calls` ones."""
+
+    def __init__(self, num_calls: int):
+        self.num_calls = num_calls
+
+    def __call__(self, input_ids, scores):
+        self.num_calls -= 1
+        if self.num_calls < 0:
+            raise BrokenPipeError
+        return scores + torch.rand_like(scores)
+
+
+def state_after_failure(target, prompt, **settings) -> list[int]:
+    torch.manual_seed(0)
+    with pytest.raises(BrokenPipeError):
+        target.generate(**prompt, **{"max_new_tokens": 12, **settings})
+    return torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("top_k", [1, 3], ids=["chain", "tree"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"do_sample": True},
+        {"do_sample": True, "temperature": 0.1, "repetition_penalty": 1.2},
+        {"do_sample": True, "logits_processor": [RandomProcessor()]},
+        {"do_sample": False, "logits_processor": [RandomProcessor()]},
+    ],
+    ids=["at-once", "by-steps", "random-processor", "greedy-random-processor"],
+)
+def test_streamer_that_raises_leaves_the_random_state_of_the_tokens_it_took(llama, settings, top_k):
+    draft, prompt = set_tree(make_draft(llama), 7, top_k), make_prompt(6)
+    for num_tokens in range(8):
+        expected = state_after_failure(llama, prompt, streamer=FailingStreamer(num_tokens), **settings)
+        streamer = FailingStreamer(num_tokens)
+        assert state_after_failure(llama, prompt, assistant_model=draft, streamer=streamer, **settings) == expected
+        assert streamer.has_ended
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
+@pytest.mark.parametrize("lengths", [[5], [5, 3]], ids=["one", "batch"])
+def test_processor_that_raises_leaves_the_random_state_of_plain_generation(llama, lengths, do_sample):
+    draft, prompt = make_draft(llama), make_prompts(lengths)
+    for num_calls in range(8):
+        states = [
+            state_after_failure(
+                llama, prompt, do_sample=do_sample, logits_processor=[FailingProcessor(num_calls)], **assistance
+            )
+            for assistance in ({}, {"assistant_model": draft})
+        ]
+        assert states[0] == states[1]
 
 
 def test_chunked_prefill_gives_the_plain_text(llama):
