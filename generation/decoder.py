@@ -25,7 +25,7 @@ from .drafting import draft_tree
 from .memory import DraftMemory
 from .metrics import SpeculationStats
 from .ragged import RaggedTexts
-from .rope_limit import check_rope
+from .rope import ReadingLimits
 from .sizing import sizes_for
 from .support import TreePlan, check_call, draft_window, may_differ_in_length, pad_token, tree_plan
 from .timing import CallTimes
@@ -74,8 +74,6 @@ def generate(
     **Effects**: `draft.speculation_stats` is replaced. The random generator ends where plain sampling leaves it.
     """
     check_call(target, draft, generation_config, synced_gpus, model_kwargs)
-    mask, max_length = model_kwargs.get("attention_mask"), stopping_criteria.max_length
-    check_rope(target, input_ids, mask, max_length, tree_plan(draft).num_nodes)
     wants_output = generation_config.return_dict_in_generate
     transcript = Transcript(
         input_ids,
@@ -125,36 +123,35 @@ def decode(
     with captured, stats.times.prefill:
         outputs = target._prefill(transcript.input_ids, generation_config, model_kwargs)
     transcript.extend(outputs.logits[:, -1].to(dtype=torch.float32, device=transcript.input_ids.device, copy=True))
-    traces.add_prompt(outputs)
-    model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs)
-    cache = outputs.past_key_values
+    model_kwargs, memory = remember_text(target, draft, captured, outputs, transcript.input_ids, traces, model_kwargs)
     del outputs
-    # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
-    cache.activate_past_recording()
-    mask = model_kwargs.get("attention_mask")
-    memory = DraftMemory.of_prompt(captured.take(), transcript.input_ids, mask, draft_window(draft))
     stats.target_calls, stats.new_tokens = 1, len(transcript.input_ids)
     transcript.flush()
     stats.times.begin_rounds(target, draft)
 
-    may_differ = may_differ_in_length(target, transcript, traces.are_wanted)
+    limits = ReadingLimits.of(target, model_kwargs)
+    limits.warn(target, transcript)
+    may_differ = may_differ_in_length(target, transcript, traces.are_wanted, limits.are_reached(transcript))
     texts = RaggedTexts(transcript) if may_differ else TextsInStep(transcript)
-    sizes = sizes_for(draft, target, largest_plan(draft, target), len(transcript.input_ids))
+    sizes = sizes_for(draft, target, largest_plan(draft, target, limits, texts.ids), len(texts.ids))
     max_length = transcript.stopping_criteria.max_length
-    with uneven_windows(cache) if texts.lengths else nullcontext():
+    with uneven_windows(model_kwargs["past_key_values"]) if texts.lengths else nullcontext():
         while not transcript.is_finished:
-            plan = sizes.begin_round().at_most(transcript.max_new_tokens - 1)
+            plan = limits.fit(sizes.begin_round().at_most(transcript.max_new_tokens - 1), texts.ids)
             tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, texts.noise)
             tree = texts.fit(tree, plan.depth)
             with captured:
                 outputs, logits = read_tree(target, tree, texts.ids, model_kwargs, texts.lengths, max_length)
             verdict = texts.accept(tree, logits)
-            traces.add_path(target, outputs, verdict.path)
-            model_kwargs = keep(target, tree, verdict, outputs, model_kwargs)
+            if outputs.past_key_values is model_kwargs["past_key_values"]:
+                traces.add_path(target, outputs, verdict.path)
+                model_kwargs = keep(target, tree, verdict, outputs, model_kwargs)
+                with stats.times.draft:
+                    states = captured.take(verdict.path)
+                memory.await_rows(states, verdict.tokens, verdict.num_kept)
+            else:  # the whole text has been read again, see `rope.py`
+                model_kwargs, memory = remember_text(target, draft, captured, outputs, texts.ids, traces, model_kwargs)
             del outputs, logits
-            with stats.times.draft:
-                states = captured.take(verdict.path)
-            memory.await_rows(states, verdict.tokens, verdict.num_kept)
 
             stats.target_calls += 1
             stats.record(verdict.walks, len(tree) - 1, tree.deepest)
@@ -162,12 +159,38 @@ def decode(
             sizes.end_round(plan, verdict.walks)
             transcript.flush()
     stats.new_tokens -= texts.num_discarded
-    return cache
+    return model_kwargs["past_key_values"]
 
 
-def largest_plan(draft, target: PreTrainedModel) -> TreePlan:
-    """The size that the draft's settings ask for, as a chain where the target cannot read trees."""
+def remember_text(
+    target: PreTrainedModel, draft, captured, outputs, ids: Tensor, traces: Traces, model_kwargs: dict
+) -> tuple[dict, DraftMemory]:
+    """
+    What both models know after the target has read a text into a new cache.
+
+    Args:
+        captured: Holds the states of that forward.
+        outputs (`ModelOutput`): Its output.
+        ids (`torch.LongTensor` of shape `(B, T + 1)`): The text and the token chosen after it.
+
+    Returns:
+        The target's generation state, and the draft's memory with all rows pending.
+
+    **Effects**: adds to `traces`.
+    """
+    traces.add_prompt(outputs)
+    model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs)
+    # Only now: recorded from the start, a sliding-window layer would keep the whole text.
+    outputs.past_key_values.activate_past_recording()
+    mask = model_kwargs.get("attention_mask")
+    return model_kwargs, DraftMemory.of_prompt(captured.take(), ids, mask, draft_window(draft))
+
+
+def largest_plan(draft, target: PreTrainedModel, limits: ReadingLimits, ids: Tensor) -> TreePlan:
+    """The size that the draft's settings ask for: as a chain where the target cannot read trees, 0 beyond `limits`."""
     plan = tree_plan(draft)
+    if limits.forbid_drafting(ids):
+        return plan.within(0)
     return plan if plan.top_k == 1 or can_branch(target) else plan.as_chain()
 
 

@@ -71,6 +71,10 @@ class TreePlan:
         """The plan for a text that ends after `depth` further tokens."""
         return replace(self, depth=min(self.depth, depth))
 
+    def within(self, num_nodes: int) -> "TreePlan":
+        """The plan for a forward of at most `num_nodes` nodes besides the root."""
+        return replace(self, num_nodes=min(self.num_nodes, num_nodes), depth=min(self.depth, num_nodes))
+
     def as_chain(self) -> "TreePlan":
         """The chain that is as deep as the tree."""
         return replace(self, top_k=1)
@@ -112,7 +116,7 @@ def check_call(
         )
 
 
-def may_differ_in_length(target: PreTrainedModel, transcript: Transcript, is_traced: bool) -> bool:
+def may_differ_in_length(target: PreTrainedModel, transcript: Transcript, is_traced: bool, changes_rope: bool) -> bool:
     """
     Whether every sequence may go on at its own pace, or must wait for the others at every token.
 
@@ -122,6 +126,7 @@ def may_differ_in_length(target: PreTrainedModel, transcript: Transcript, is_tra
         target (`PreTrainedModel`): The target.
         transcript ([`Transcript`]): The text, with its processors and criteria.
         is_traced (`bool`): Whether hidden states or attentions are wanted, an entry for each token of all sequences.
+        changes_rope (`bool`): Whether the text may reach a length at which the target reads it otherwise.
 
     **Effects**: where a batch must go on in step, the log says so once, with the reason.
     """
@@ -135,6 +140,8 @@ def may_differ_in_length(target: PreTrainedModel, transcript: Transcript, is_tra
         reason = f"{', '.join(others)} may depend on how often or in which order texts are shown"
     elif is_traced:
         reason = "`output_hidden_states` and `output_attentions` have one entry for each token of all sequences"
+    elif changes_rope:
+        reason = f"{type(target).__name__} changes its RoPE factors for all sequences at once"
     elif not can_branch(target):
         reason = f"{type(target).__name__} takes no masks for sequences of different lengths"
     if reason is not None and reason not in _reasons_given:
