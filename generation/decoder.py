@@ -19,11 +19,11 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from .branching import can_branch
 from .caches import keep_path
 from .drafting import draft_tree
 from .memory import DraftMemory
 from .metrics import SpeculationStats
+from .probing import can_branch
 from .ragged import RaggedTexts
 from .rope import ReadingLimits
 from .sizing import sizes_for

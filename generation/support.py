@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import logits_process, stopping_criteria
 
-from .branching import can_branch
 from .draft_window import DEFAULT_SINK, DraftWindow
+from .probing import can_branch
 from .sampling import STATELESS_WARPERS, is_stateless
 from .transcript import Transcript
 
