@@ -8,7 +8,8 @@ import torch
 from reference_generation import SHAPE, assert_same_generation, make_draft, make_prompts, run, set_tree
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from eagle3_mla.generation import decoder
+from eagle3_mla.generation import decoder, rope
+from eagle3_mla.generation.rope import ReadingLimits
 from eagle3_mla.generation.tree import DraftTree
 
 LIMIT = 40
@@ -98,9 +99,12 @@ def known_text(plain: torch.Tensor):
         yield
 
 
-@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("text", TEXTS)
+# Greedy with chains and sampled with trees, and the two crossings the other way round.
+CELLS = [(text, *cell) for text in TEXTS for cell in [("chain", False), ("tree", True)]]
+CELLS += [(text, *cell) for text in ("crossing", "batch-crossing") for cell in [("chain", True), ("tree", False)]]
+
+
+@pytest.mark.parametrize(("text", "shape", "do_sample"), CELLS, ids=str)
 @pytest.mark.parametrize("name", TARGETS)
 def test_text_is_that_of_plain_generation_on_both_sides_of_the_switch(name, text, shape, do_sample):
     lengths, num_padding, num_new = TEXTS[text]
@@ -113,3 +117,35 @@ def test_text_is_that_of_plain_generation_on_both_sides_of_the_switch(name, text
     is_plain = name == "llama-dynamic" and max(lengths) >= LIMIT
     num_accepted = sum(draft.speculation_stats.accepted_by_depth)
     assert num_accepted == 0 if is_plain else num_accepted > 0
+
+
+@pytest.mark.parametrize("name", ["phi3-longrope", "phi3-longrope-window-8"])
+@pytest.mark.parametrize("lengths", [[30], [30, 12]], ids=["one", "batch"])
+def test_traces_have_the_whole_text_where_it_is_read_again(name, lengths):
+    target = TARGETS[name]().eval()
+    target.set_attn_implementation("eager")
+    draft, prompt = set_tree(make_draft(target), *SHAPES["tree"]), make_prompts(lengths)
+    settings = {"output_hidden_states": True, "output_attentions": True, "do_sample": False, "max_new_tokens": 30}
+    plain, _ = run(target, prompt, **settings)
+    with known_text(plain.sequences):
+        assisted, _ = run(target, prompt, assistant_model=draft, **settings)
+    for traces in "hidden_states", "attentions":
+        for found, expected in zip(getattr(assisted, traces), getattr(plain, traces), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert [entry[0].shape[1] for entry in assisted.hidden_states if entry[0].shape[1] > 1] == [30, LIMIT + 1]
+
+
+def test_where_nothing_is_drafted_the_log_says_so_once(caplog):
+    rope.warn_once.cache_clear()
+    target = TARGETS["llama-dynamic"]().eval()
+    draft = make_draft(target)
+    for num_new, num_warnings in [(LIMIT - 5, 0), (LIMIT, 1), (LIMIT, 1)]:
+        run(target, make_prompts([5]), assistant_model=draft, max_new_tokens=num_new)
+        assert sum("other RoPE factors" in record.message for record in caplog.records) == num_warnings
+
+
+def test_rounds_after_a_switch_are_as_large_as_ever():
+    limits = ReadingLimits(switches=(40, 44))
+    assert [limits.room(num_tokens) for num_tokens in (30, 38, 40, 41, 42, 44, 45, 46)] == [10, 2, 0, 0, 2, 0, 0, None]
+    limits = ReadingLimits(last=40)
+    assert [limits.room(num_tokens) for num_tokens in (30, 40, 41, 42, 100)] == [10, 0, 0, 0, 0]
