@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from .branching import TOLERATED_SHARE, TOLERATED_SHARE_IN_HALF_PRECISION
+from .probing import TOLERATED_SHARE, TOLERATED_SHARE_IN_HALF_PRECISION
 
 logger = getLogger(__name__)
 

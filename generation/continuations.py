@@ -101,8 +101,9 @@ class Beginning:
             states, input_ids, mask: As [`DraftMemory.of_prompt`] takes them.
         """
         memory = DraftMemory.of_prompt(states, input_ids, mask, draft_window(draft))
-        memory.first_slot = self.num_cached
-        if self.remembered is None:
+        # Phi-3 may have dropped the cache and read the whole text, see `rope.py`.
+        memory.first_slot = self.omitted_ids.shape[1] + input_ids.shape[1] - 1 - states.shape[1]
+        if self.remembered is None or memory.first_slot != self.num_cached:
             return memory
         ids, is_token = self._text(input_ids, mask)
         num_rows = self.remembered.rows_of(ids[:, : self.num_cached], is_token[:, : self.num_cached])

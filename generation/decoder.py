@@ -11,7 +11,7 @@ has been chosen but not read.
 Source: EAGLE-3, arXiv:2503.01840.
 """
 
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,18 +19,18 @@ from transformers import Cache, GenerationConfig, LogitsProcessorList, PreTraine
 from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
-from .branching import can_branch
 from .caches import keep_path
 from .chunks import ChunkLimit
 from .continuations import Beginning, num_omitted
 from .drafting import draft_tree
 from .memory import DraftMemory
 from .metrics import SpeculationStats
+from .probing import can_branch
 from .ragged import RaggedTexts
-from .rope_limit import check_rope
+from .rope import ReadingLimits, check_omitted
 from .runtime import decode_at_fixed_shapes, slots_of, takes_fixed_shapes
 from .sizing import ConstantSize, TreeSizer, sizes_for
-from .support import TreePlan, check_call, may_differ_in_length, pad_token, tree_plan
+from .support import TreePlan, check_call, draft_window, may_differ_in_length, pad_token, tree_plan
 from .timing import CallTimes
 from .traces import Traces
 from .transcript import Transcript
@@ -90,8 +90,7 @@ def generate(
         streamer=streamer,
         num_omitted=num_omitted(input_ids, generation_config, model_kwargs),
     )
-    num_tokens, mask = transcript.num_omitted + input_ids.shape[1], model_kwargs.get("attention_mask")
-    check_rope(target, num_tokens, mask, transcript.max_slots, tree_plan(draft).num_nodes)
+    check_omitted(target, transcript)
     traces = Traces.wanted_by(generation_config)
     stats = draft.speculation_stats = SpeculationStats(times=CallTimes(target.device, draft.device))
     try:
@@ -141,19 +140,21 @@ def decode(
     transcript.flush()
     stats.times.begin_rounds()
 
-    may_differ = may_differ_in_length(target, transcript, traces.are_wanted)
+    limits = ReadingLimits.of(target, model_kwargs)
+    limits.warn(target, transcript)
+    may_differ = may_differ_in_length(target, transcript, traces.are_wanted, limits.are_reached(transcript))
     texts = RaggedTexts(transcript) if may_differ else TextsInStep(transcript)
-    plan = largest_plan(draft, target)
+    plan = largest_plan(draft, target, limits, texts.ids)
     is_finished = transcript.is_finished
-    if not is_finished and takes_fixed_shapes(target, draft, plan, transcript, traces, cache, model_kwargs):
+    if not is_finished and takes_fixed_shapes(target, draft, plan, transcript, limits, traces, cache, model_kwargs):
         is_finished = decode_at_fixed_shapes(
             target, draft, transcript, texts, stats, plan, cache, memory, model_kwargs
         )
     if not is_finished:
         stats.times.time_forwards(target, draft)
         sizes = sizes_for(draft, target, plan, len(transcript.input_ids))
-        decode_round_by_round(
-            target, draft, transcript, texts, traces, stats, sizes, cache, memory, captured, model_kwargs
+        cache, memory = decode_round_by_round(
+            target, draft, transcript, texts, limits, traces, stats, sizes, memory, captured, model_kwargs
         )
     stats.new_tokens -= texts.num_discarded
     beginning.remember(draft, cache, memory, transcript.input_ids, mask)
@@ -165,51 +166,64 @@ def decode_round_by_round(
     draft,
     transcript: Transcript,
     texts: RaggedTexts | TextsInStep,
+    limits: ReadingLimits,
     traces: Traces,
     stats: SpeculationStats,
     sizes: TreeSizer | ConstantSize,
-    cache: Cache,
     memory: DraftMemory,
     captured,
     model_kwargs: dict,
-) -> None:
+) -> tuple[Cache, DraftMemory]:
     """
-    All rounds of one call, each with tensors of its own size.
+    All rounds of one call, each with tensors of its own size; returns what both models remember in the end.
 
     Args:
         captured ([`FusedStates`]): A context in which the target's forwards leave the states that the draft reads.
 
-    **Effects**: fills `transcript`, `traces` and `stats`; moves `cache` and `memory` on.
+    **Effects**: fills `transcript`, `traces` and `stats`; moves the target's cache and `memory` on.
     """
     limit = ChunkLimit.of(target)
     limit.warn(target, transcript.max_slots)
-    # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
-    with recorded_past(cache), uneven_windows(cache) if texts.lengths else nullcontext():
+    cache = model_kwargs["past_key_values"]
+    with ExitStack() as windows:
+        # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
+        windows.enter_context(recorded_past(cache))
+        windows.enter_context(uneven_windows(cache) if texts.lengths else nullcontext())
         while not transcript.is_finished:
-            plan = sizes.begin_round().at_most(transcript.max_new_tokens - 1)
+            plan = limits.fit(sizes.begin_round().at_most(transcript.max_new_tokens - 1), texts.ids)
             plan = plan.at_most(limit.depth(plan.depth, slots_of(texts)))
             tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, texts.noise)
             tree = texts.fit(tree, plan.depth)
             with captured:
                 outputs, logits = read_tree(target, tree, texts.ids, model_kwargs, texts.lengths, transcript.max_slots)
             verdict = texts.accept(tree, logits)
-            traces.add_path(target, outputs, verdict.path)
-            model_kwargs = keep(target, tree, verdict, outputs, model_kwargs)
+            if outputs.past_key_values is cache:
+                traces.add_path(target, outputs, verdict.path)
+                model_kwargs = keep(target, tree, verdict, outputs, model_kwargs)
+                with stats.times.draft:
+                    states = captured.take(verdict.path)
+                memory.await_rows(states, verdict.tokens, verdict.num_kept)
+            else:  # the whole text has been read again, see `rope.py`
+                traces.add_prompt(outputs)
+                model_kwargs = target._update_model_kwargs_for_generation(outputs, model_kwargs)
+                cache, mask = outputs.past_key_values, model_kwargs.get("attention_mask")
+                windows.enter_context(recorded_past(cache))
+                memory = DraftMemory.of_prompt(captured.take(), texts.ids, mask, draft_window(draft))
             del outputs, logits
-            with stats.times.draft:
-                states = captured.take(verdict.path)
-            memory.await_rows(states, verdict.tokens, verdict.num_kept)
 
             stats.target_calls += 1
             stats.record(verdict.walks, len(tree) - 1, tree.deepest)
             stats.draft_cache_bytes, stats.draft_cache_tokens = memory.num_bytes, memory.cache.get_seq_length()
             sizes.end_round(plan, verdict.walks)
             transcript.flush()
+    return cache, memory
 
 
-def largest_plan(draft, target: PreTrainedModel) -> TreePlan:
-    """The size that the draft's settings ask for, as a chain where the target cannot read trees."""
+def largest_plan(draft, target: PreTrainedModel, limits: ReadingLimits, ids: Tensor) -> TreePlan:
+    """The size that the draft's settings ask for: as a chain where the target cannot read trees, 0 beyond `limits`."""
     plan = tree_plan(draft)
+    if limits.forbid_drafting(ids):
+        return plan.within(0)
     return plan if plan.top_k == 1 or can_branch(target) else plan.as_chain()
 
 

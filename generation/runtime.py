@@ -22,12 +22,13 @@ from transformers import Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.generation import EosTokenCriteria
 
-from .branching import can_branch
 from .chunks import ChunkLimit
 from .fixed_rounds import Ends, FixedRounds, tree_size
 from .memory import DraftMemory
 from .metrics import SpeculationStats
+from .probing import can_branch
 from .ragged import RaggedTexts
+from .rope import ReadingLimits, rope_lengths
 from .sampling import stateless_warpers
 from .support import TreePlan, compile_config, draft_window, fixed_shapes, schedule
 from .timing import Stopwatch
@@ -56,6 +57,7 @@ def takes_fixed_shapes(
     draft,
     plan: TreePlan,
     transcript: Transcript,
+    limits: ReadingLimits,
     traces: Traces,
     cache: Cache,
     model_kwargs: dict,
@@ -68,7 +70,7 @@ def takes_fixed_shapes(
     wanted = fixed_shapes(draft)
     if not (target.device.type == "cuda" if wanted is None else wanted):
         return False
-    reason = why_shapes_vary(target, draft, plan, transcript, traces, cache, model_kwargs)
+    reason = why_shapes_vary(target, draft, plan, transcript, limits, traces, cache, model_kwargs)
     if reason is not None:
         give_reason(target, reason)
     return reason is None
@@ -79,6 +81,7 @@ def why_shapes_vary(
     draft,
     plan: TreePlan,
     transcript: Transcript,
+    limits: ReadingLimits,
     traces: Traces,
     cache: Cache,
     model_kwargs: dict,
@@ -96,7 +99,12 @@ def why_shapes_vary(
         f"models and text are on several devices: {', '.join(sorted(map(str, devices)))}": len(devices) > 1,
         f"the target has inputs besides the usual ones: {', '.join(sorted(unknown))}": bool(unknown),
         f"beyond some length {ChunkLimit.of(target).reason}": ChunkLimit.of(target).num_tokens is not None,
+        "the target's RoPE factors may change with the length of the text": limits.are_reached(transcript)
+        or any(rope_lengths(target.config.get_text_config(decoder=True))),
         "positions have several axes": positions is not None and positions.dim() != 2,
+        "the target's windows are to record their past": any(
+            getattr(each, "record_past", False) for each in cache.layers
+        ),
         "the target's cache is of a kind of its own": not {type(layer) for layer in cache.layers} <= KNOWN_LAYERS,
         "the target or the draft has hooks, which a graph would not call": has_hooks(target) or has_hooks(draft),
     }
@@ -196,7 +204,7 @@ def choose_on_the_host(
 
 def follow_the_device(shelf: "Shelf", rounds: FixedRounds, texts: RaggedTexts, stats: SpeculationStats) -> FixedRounds:
     """
-    All rounds, in which the device chooses and goes on by itself; the host reads what it has chosen. Returns the rounds
+    All rounds, in which the device chooses and goes on by itself; the host reads what it has chosen. Returns those
     with the last buffers.
 
     A greedy round begins before the host has taken over the one before, unless that one is seen to be the last.

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import logits_process, stopping_criteria
 
-from .branching import can_branch
 from .chunks import check_chunks
 from .draft_window import DEFAULT_SINK, DraftWindow
+from .probing import can_branch
 from .sampling import STATELESS_WARPERS, is_stateless
 from .transcript import Transcript
 
@@ -72,6 +72,10 @@ class TreePlan:
         """The plan for a text that ends after `depth` further tokens."""
         return replace(self, depth=min(self.depth, depth))
 
+    def within(self, num_nodes: int) -> "TreePlan":
+        """The plan for a forward of at most `num_nodes` nodes besides the root."""
+        return replace(self, num_nodes=min(self.num_nodes, num_nodes), depth=min(self.depth, num_nodes))
+
     def as_chain(self) -> "TreePlan":
         """The chain that is as deep as the tree."""
         return replace(self, top_k=1)
@@ -116,7 +120,7 @@ def check_call(
     check_chunks(target, model_kwargs["past_key_values"])
 
 
-def may_differ_in_length(target: PreTrainedModel, transcript: Transcript, is_traced: bool) -> bool:
+def may_differ_in_length(target: PreTrainedModel, transcript: Transcript, is_traced: bool, changes_rope: bool) -> bool:
     """
     Whether every sequence may go on at its own pace, or must wait for the others at every token.
 
@@ -126,6 +130,7 @@ def may_differ_in_length(target: PreTrainedModel, transcript: Transcript, is_tra
         target (`PreTrainedModel`): The target.
         transcript ([`Transcript`]): The text, with its processors and criteria.
         is_traced (`bool`): Whether hidden states or attentions are wanted, an entry for each token of all sequences.
+        changes_rope (`bool`): Whether the text may reach a length at which the target reads it otherwise.
 
     **Effects**: where a batch must go on in step, the log says so once, with the reason.
     """
@@ -139,6 +144,8 @@ def may_differ_in_length(target: PreTrainedModel, transcript: Transcript, is_tra
         reason = f"{', '.join(others)} may depend on how often or in which order texts are shown"
     elif is_traced:
         reason = "`output_hidden_states` and `output_attentions` have one entry for each token of all sequences"
+    elif changes_rope:
+        reason = f"{type(target).__name__} changes its RoPE factors for all sequences at once"
     elif not can_branch(target):
         reason = f"{type(target).__name__} takes no masks for sequences of different lengths"
     if reason is not None and reason not in _reasons_given:

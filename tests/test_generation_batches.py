@@ -329,3 +329,13 @@ def test_several_texts_of_one_prompt_are_a_batch_that_repeats_it(llama):
     torch.manual_seed(0)
     assisted = llama.generate(**repeated, do_sample=True, max_new_tokens=15, assistant_model=draft)
     assert assisted.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("lengths", [[5], [5, 4]], ids=["one", "batch"])
+def test_scores_hold_no_more_memory_than_they_show(lengths):
+    target = TARGETS["llama"]().eval()
+    outputs, _ = run(target, make_prompts(lengths), assistant_model=make_draft(target))
+    for records in outputs.scores, outputs.logits:
+        held = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in records}
+        assert sum(held.values()) <= 2 * sum(each.nbytes for each in records)
+    assert torch.stack(outputs.logits).isfinite().all()

@@ -35,7 +35,7 @@ from transformers import (
 )
 
 from eagle3_mla.generation import chunks
-from eagle3_mla.generation.branching import can_branch
+from eagle3_mla.generation.probing import can_branch
 
 LIMIT = 16
 BERT_SHAPE = {
