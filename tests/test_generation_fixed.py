@@ -1,0 +1,294 @@
+"""Decoding at fixed shapes: text, random state, cache, stream, scores and statistics are those of the other loop."""
+
+import threading
+from functools import partial
+from itertools import product
+
+import pytest
+import torch
+from reference_generation import (
+    GPT2_SHAPE,
+    SETTINGS,
+    TARGETS,
+    CountingProcessor,
+    assert_same_cache,
+    assert_same_generation,
+    make_draft,
+    make_prompt,
+    make_prompts,
+    set_tree,
+)
+from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, StoppingCriteria
+
+from eagle3_mla.generation import fixed_rounds, ragged, runtime
+
+SHAPES = {"chain": (5, 1, 5), "tree": (12, 3, 4)}
+PROMPTS = {"alone": ([9], 2), "batch": ([12, 5, 9], 0)}
+CELLS = ["greedy", "greedy-processors", "greedy-min-new-tokens", "sample", "sample-warpers", "sample-eos"]
+BRANCHING = [name for name in TARGETS if name not in ("bloom", "gpt-neo-window-8")]
+
+
+def make_fixed(target, shape: str = "tree", **fields):
+    """A draft that decodes at fixed shapes, on the CPU, too."""
+    draft = set_tree(make_draft(target, **fields), *SHAPES[shape])
+    draft.generation_config.fixed_shapes = True
+    return draft
+
+
+@pytest.fixture
+def ways(monkeypatch) -> list[str]:
+    """Who chose in the calls of a test at fixed shapes: `host` or `device`."""
+    seen = []
+    for name, way in {"choose_on_the_host": "host", "follow_the_device": "device"}.items():
+        original = getattr(runtime, name)
+        new = partial(lambda way, original, *arguments: seen.append(way) or original(*arguments), way, original)
+        monkeypatch.setattr(runtime, name, new)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def llama():
+    torch.manual_seed(0)
+    return TARGETS["llama"]().eval()
+
+
+def call(target, prompt, seed=0, **settings):
+    """Without scores, so that the device may choose; `(text, cache, random state)`."""
+    torch.manual_seed(seed)
+    outputs = target.generate(**prompt, **{"max_new_tokens": 16, "return_dict_in_generate": True, **settings})
+    return outputs.sequences.tolist(), outputs.past_key_values, torch.get_rng_state()
+
+
+def assert_same_call(target, draft, prompt, seed=0, **settings) -> list[list[int]]:
+    """As `assert_same_generation`, without scores."""
+    text, cache, state = call(target, prompt, seed, **settings)
+    assisted, assisted_cache, assisted_state = call(target, prompt, seed, assistant_model=draft, **settings)
+    assert assisted == text
+    assert torch.equal(assisted_state, state)
+    assert_same_cache(assisted_cache, cache)
+    assert assisted_cache.get_seq_length() == len(text[0]) - 1
+    return text
+
+
+def assert_same_calls(name: str, setting: str, shapes_and_prompts, ways: list[str]) -> None:
+    target, num_accepted = TARGETS[name]().eval(), 0
+    for seed, (shape, prompts) in enumerate(shapes_and_prompts):
+        draft = make_fixed(target, shape)
+        assert_same_call(target, draft, make_prompts(*PROMPTS[prompts]), seed, **SETTINGS[setting])
+        num_accepted += sum(draft.speculation_stats.accepted_by_depth)
+    assert num_accepted > 0
+    assert set(ways) == {"host" if "processors" in setting or "min-new" in setting else "device"}
+
+
+@pytest.mark.parametrize("setting", CELLS)
+def test_text_is_that_of_plain_generation(setting, ways):
+    assert_same_calls("llama", setting, product(SHAPES, PROMPTS), ways)
+
+
+@pytest.mark.parametrize("setting", ["greedy", "greedy-processors", "sample-eos"])
+@pytest.mark.parametrize("name", [name for name in BRANCHING if name != "llama"])
+def test_text_of_every_family_is_that_of_plain_generation(name, setting, ways):
+    assert_same_calls(name, setting, [("tree", "batch"), ("chain", "batch")], ways)
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("setting", ["greedy", "sample-processors", "sample"])
+def test_scores_and_logits_are_those_of_plain_generation(llama, setting, prompts, ways):
+    draft, prompt = make_fixed(llama), make_prompts(*PROMPTS[prompts])
+    assert_same_generation(llama, draft, prompt, max_new_tokens=20, **SETTINGS[setting])
+    assert ways == ["host"]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mla_rope_dim": 4},
+        {"mla_rope_dim": 4, "mla_q_lora_rank": 8},
+        {"attention_type": "gqa"},
+        {"num_hidden_layers": 2},
+        {"hidden_size": 16},
+        {"fc_norm": True, "norm_output": True},
+    ],
+    ids=str,
+)
+def test_every_kind_of_head_gives_the_plain_text(llama, fields, ways):
+    for settings in SETTINGS["greedy"], SETTINGS["sample-warpers"]:
+        assert_same_call(llama, make_fixed(llama, **fields), make_prompts([7, 4]), **settings)
+    assert ways == ["device"] * 2
+
+
+@pytest.mark.parametrize("setting", ["greedy", "greedy-processors", "sample"])
+def test_buffers_grow_in_the_middle_of_a_text(llama, setting, monkeypatch, ways):
+    monkeypatch.setattr(runtime, "LEAST_CAPACITY", 16)
+    sizes, new = [], runtime.FixedRounds.__init__
+
+    def watched(self, *arguments):
+        new(self, *arguments)
+        sizes.append(self.capacity)
+
+    monkeypatch.setattr(runtime.FixedRounds, "__init__", watched)
+    prompt = make_prompts([3, 7])
+    assert_same_call(llama, make_fixed(llama), prompt, max_new_tokens=60, **SETTINGS[setting])
+    assert sizes == sorted(set(sizes))
+    assert len(sizes) >= 3
+
+
+def test_prompt_may_be_longer_than_the_least_capacity(llama, monkeypatch):
+    monkeypatch.setattr(runtime, "LEAST_CAPACITY", 8)
+    assert_same_call(llama, make_fixed(llama), make_prompts([50, 33]), do_sample=False)
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 8])
+@pytest.mark.parametrize("setting", ["greedy-processors", "sample"])
+def test_length_limit_cuts_inside_a_round(llama, max_new_tokens, setting):
+    text = assert_same_call(
+        llama, make_fixed(llama), make_prompts([5, 2]), max_new_tokens=max_new_tokens, **SETTINGS[setting]
+    )
+    assert len(text[0]) == 5 + max_new_tokens
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
+def test_learned_positions_may_be_used_up_to_the_last_one(do_sample):
+    target = GPT2LMHeadModel(GPT2Config(**GPT2_SHAPE | {"n_positions": 24})).eval()
+    for shape, prompt in product(SHAPES, (make_prompt(9), make_prompts([9, 4]))):
+        text = assert_same_call(target, make_fixed(target, shape), prompt, max_new_tokens=15, do_sample=do_sample)
+        assert len(text[0]) == 24
+
+
+@pytest.mark.parametrize("max_lead", [1, 2])
+def test_sequences_that_may_not_run_ahead_get_their_text(llama, max_lead, monkeypatch):
+    """Some get no token in a round: nothing new is pending for them, and their roots stay."""
+    for module in ragged, fixed_rounds:
+        monkeypatch.setattr(module, "MAX_LEAD", max_lead)
+    for seed in range(2):
+        assert_same_call(llama, make_fixed(llama), make_prompts([5, 2, 4]), seed, do_sample=True)
+
+
+@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
+def test_padding_may_be_an_end_of_sequence(llama, do_sample):
+    prompt = make_prompts([5, 2, 4])
+    plain = call(llama, prompt, do_sample=do_sample)[0]
+    token = plain[0][7]
+    settings = {"do_sample": do_sample, "eos_token_id": [token, 1], "pad_token_id": token}
+    assert_same_call(llama, make_fixed(llama), prompt, **settings)
+    tensor = torch.tensor([token, 1])
+    assert_same_call(llama, make_fixed(llama), prompt, do_sample=do_sample, eos_token_id=tensor)
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 0, 0, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 1]], ids=str)
+def test_mask_of_any_form_gives_the_plain_text(llama, mask):
+    prompt = {"input_ids": make_prompt(6)["input_ids"], "attention_mask": torch.tensor([mask])}
+    assert_same_call(llama, make_fixed(llama), prompt, do_sample=False)
+
+
+def test_sequences_without_limit_of_time_end_where_time_ends(llama):
+    for settings in {"max_time": 1e6}, {"max_time": -1.0}:
+        assert_same_call(llama, make_fixed(llama), make_prompts([5, 3]), do_sample=False, **settings)
+
+
+class StopAtToken(StoppingCriteria):
+    def __init__(self, token: int):
+        self.token, self.lengths = token, []
+
+    def __call__(self, input_ids, scores, **kwargs):
+        self.lengths.append(input_ids.shape[1])
+        return input_ids[:, -1] == self.token
+
+
+@pytest.mark.parametrize("lengths", [[6], [6, 4]], ids=str)
+def test_own_processors_and_criteria_see_plain_generations_calls(llama, lengths, ways):
+    prompt, calls = make_prompts(lengths), []
+    for assistance in {}, {"assistant_model": make_fixed(llama)}:
+        criterion = StopAtToken(3)
+        stateful = {"logits_processor": [CountingProcessor()], "stopping_criteria": [criterion]}
+        text, _, state = call(llama, prompt, do_sample=True, **stateful, **assistance)
+        calls.append((text, state.tolist(), criterion.lengths))
+    assert calls[0] == calls[1]
+    assert ways == ["host"]
+
+
+class Interruption(LogitsProcessor):
+    """Ctrl-C while a text grows."""
+
+    def __call__(self, input_ids, scores):
+        if input_ids.shape[1] > 12:
+            raise KeyboardInterrupt
+        return scores
+
+
+class Recorder:
+    """A streamer; fails with its `fails_at`-th piece."""
+
+    def __init__(self, fails_at: int | None = None):
+        self.pieces, self.has_ended, self.fails_at = [], False, fails_at
+
+    def put(self, value):
+        self.pieces.append(value.tolist())
+        if len(self.pieces) == self.fails_at:
+            raise ZeroDivisionError
+
+    def end(self):
+        self.has_ended = True
+
+
+@pytest.mark.parametrize("setting", ["greedy", "greedy-processors", "sample"])
+def test_streamer_gets_what_plain_generation_streams(llama, setting):
+    streams, prompt = [], make_prompt(6)
+    for assistance in {}, {"assistant_model": make_fixed(llama)}:
+        streamer = Recorder()
+        call(llama, prompt, streamer=streamer, **SETTINGS[setting], **assistance)
+        assert streamer.has_ended
+        streams.append(streamer.pieces)
+    assert streams[0] == streams[1]
+
+
+@pytest.mark.parametrize("setting", ["greedy", "sample"])
+def test_call_after_a_broken_one_is_as_good(llama, setting, ways):
+    draft, prompt = make_fixed(llama), make_prompt(6)
+    streamer = Recorder(fails_at=9)
+    with pytest.raises(ZeroDivisionError):
+        call(llama, prompt, streamer=streamer, assistant_model=draft, **SETTINGS[setting])
+    assert streamer.has_ended
+    with pytest.raises(KeyboardInterrupt):
+        call(llama, prompt, logits_processor=[Interruption()], assistant_model=draft, **SETTINGS[setting])
+    assert_same_call(llama, draft, prompt, **SETTINGS[setting])
+    assert ways == ["device", "host", "device"]
+    assert not llama.model.layers[2]._forward_pre_hooks
+
+
+def test_call_by_another_thread_meanwhile_takes_the_other_loop(llama, ways):
+    prompts = make_prompt(6), make_prompt(8)
+    expected = [call(llama, prompt, do_sample=False)[0] for prompt in prompts]
+    texts = {}
+
+    class CallsInBetween(Recorder):
+        def put(self, value):
+            super().put(value)
+            if len(self.pieces) == 4:
+                thread = threading.Thread(target=generate, args=(1,))
+                thread.start()
+                thread.join()
+
+    def generate(index, **settings):
+        texts[index] = call(llama, prompts[index], assistant_model=make_fixed(llama), do_sample=False, **settings)[0]
+
+    generate(0, streamer=CallsInBetween())
+    assert [texts[0], texts[1]] == expected
+    assert ways == ["device"]
+
+
+@pytest.mark.parametrize("setting", ["greedy", "sample"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_statistics_are_those_of_the_other_loop(setting, shape):
+    """The last round aside: here its trees may be deeper than what is left of the text."""
+    target = TARGETS["llama"]().eval().double()
+    draft, prompt, found = make_fixed(target, shape).double(), make_prompt(9), []
+    for wanted in True, False:
+        draft.generation_config.fixed_shapes = wanted
+        call(target, prompt, assistant_model=draft, max_new_tokens=40, **SETTINGS[setting])
+        found.append(draft.speculation_stats)
+    fixed, varying = found
+    assert fixed.acceptance_lengths == varying.acceptance_lengths
+    assert sum(fixed.accepted_by_depth) > 0
+    assert sum(fixed.accepted_by_depth) - sum(varying.accepted_by_depth) in (0, 1)
+    assert (fixed.new_tokens, fixed.target_calls) == (varying.new_tokens, varying.target_calls)
