@@ -95,6 +95,7 @@ def why_shapes_vary(
         f"the target has inputs besides the usual ones: {', '.join(sorted(unknown))}": bool(unknown),
         "positions have several axes": positions is not None and positions.dim() != 2,
         "the target's cache is of a kind of its own": not {type(layer) for layer in cache.layers} <= KNOWN_LAYERS,
+        "autocast is on, whose copies of weights end with it": torch.is_autocast_enabled(target.device.type),
         "the target or the draft has hooks, which a graph would not call": has_hooks(target) or has_hooks(draft),
     }
     applying = [reason for reason, applies in reasons.items() if applies]
@@ -306,6 +307,7 @@ class Shelf:
             ends,
             target.dtype,
             is_padded_left,
+            torch.is_inference_mode_enabled(),  # elsewhere, its buffers could not be written
         )
         self.key = *key, fingerprint(target), fingerprint(draft)
 

@@ -1,6 +1,8 @@
 """Decoding at fixed shapes: text, random state, cache, stream, scores and statistics are those of the other loop."""
 
+import gc
 import threading
+import weakref
 from functools import partial
 from itertools import product
 
@@ -292,3 +294,138 @@ def test_statistics_are_those_of_the_other_loop(setting, shape):
     assert sum(fixed.accepted_by_depth) > 0
     assert sum(fixed.accepted_by_depth) - sum(varying.accepted_by_depth) in (0, 1)
     assert (fixed.new_tokens, fixed.target_calls) == (varying.new_tokens, varying.target_calls)
+
+
+def keep_rounds(monkeypatch) -> list:
+    """Lets calls on the CPU share buffers, as calls on CUDA do; returns all that are made."""
+    made, new = {}, runtime.Shelf._new
+    monkeypatch.setattr(
+        runtime.Shelf, "_new", lambda shelf, size: made.get(size) or made.setdefault(size, new(shelf, size))
+    )
+    return made
+
+
+@pytest.mark.parametrize("kind", [{}, {"attention_type": "gqa"}], ids=str)
+def test_nothing_of_an_earlier_text_comes_into_the_next(llama, kind, monkeypatch):
+    """Masked or not, a key that is not a number makes the scores none."""
+    made, draft, prompt = keep_rounds(monkeypatch), make_fixed(llama, **kind), make_prompts([5, 3])
+    plain = call(llama, prompt, do_sample=False)[0]
+    lengths = []
+    for _ in range(2):
+        assert call(llama, prompt, do_sample=False, assistant_model=draft)[0] == plain
+        lengths.append(draft.speculation_stats.acceptance_lengths)
+        (rounds,) = made.values()
+        for stack in [
+            *rounds.cache.stacks.values(),
+            *rounds.memory.cache.stacks.values(),
+            rounds.memory.pending_states,
+        ]:
+            stack.fill_(float("nan"))
+    assert lengths[0] == lengths[1]
+
+
+@pytest.mark.parametrize("setting", ["greedy", "greedy-processors"])
+def test_buffers_and_models_are_let_go_at_once(setting, monkeypatch):
+    """Caches that wait for the garbage collector fill a GPU that has room for one."""
+    rounds, new = [], runtime.FixedRounds.__init__
+    monkeypatch.setattr(
+        runtime.FixedRounds, "__init__", lambda self, *given: rounds.append(weakref.ref(self)) or new(self, *given)
+    )
+    target = TARGETS["llama"]().eval()
+    draft = make_fixed(target)
+    call(target, make_prompt(6), assistant_model=draft, **SETTINGS[setting])  # what is made once, is made
+    gc.collect()
+    gc.disable()
+    try:
+        call(target, make_prompt(6), assistant_model=draft, **SETTINGS[setting])
+        assert [each() for each in rounds] == [None, None]
+    finally:
+        gc.enable()
+    models = weakref.ref(target), weakref.ref(draft)
+    del target, draft
+    gc.collect()
+    assert [each() for each in models] == [None, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_draft_may_have_a_type_of_its_own(llama, dtype):
+    for prompt in make_prompt(6), make_prompts([5, 3]):
+        assert_same_call(llama, make_fixed(llama).to(dtype), prompt, do_sample=False)
+
+
+def test_half_precision_comes_to_the_end_of_the_text():
+    target = TARGETS["llama"]().eval().bfloat16()
+    draft = make_fixed(target).bfloat16()
+    text = call(target, make_prompts([5, 3]), do_sample=True, assistant_model=draft)[0]
+    assert len(text[0]) == 5 + 16
+
+
+def test_modes_of_torch_change_nothing(llama):
+    prompt = make_prompts([5, 3])
+    with torch.inference_mode():
+        assert_same_call(llama, make_fixed(llama), prompt, do_sample=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_same_call(llama, make_fixed(llama), prompt, do_sample=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+OBSTACLES = {
+    "nothing is drafted": ({"num_assistant_tokens": 0}, {}),
+    "`assistant_confidence_threshold` is set": ({"assistant_confidence_threshold": 0.1}, {}),
+    "`num_assistant_tokens_schedule` is not constant": ({"num_assistant_tokens_schedule": "heuristic"}, {}),
+    "`draft_window` is set": ({"draft_window": 8}, {}),
+    "hidden states or attentions are wanted": ({}, {"output_hidden_states": True}),
+}
+
+
+@pytest.mark.parametrize("reason", OBSTACLES)
+def test_log_says_once_why_shapes_vary(llama, reason, caplog, monkeypatch, ways):
+    monkeypatch.setattr(runtime, "_reasons_given", set())
+    knobs, settings = OBSTACLES[reason]
+    draft, prompt = make_fixed(llama), make_prompt(6)
+    draft.generation_config.update(**knobs)
+    vars(draft.generation_config).update(knobs)
+    for _ in range(2):
+        assert_same_call(llama, draft, prompt, do_sample=False, **settings)
+    assert [message for message in caplog.messages if "not captured" in message] == [
+        f"Rounds of LlamaForCausalLM are not captured as CUDA graphs: {reason}."
+    ]
+    assert ways == []
+
+
+def test_hooks_autocast_and_targets_without_masks_take_the_other_loop(llama, caplog, monkeypatch, ways):
+    monkeypatch.setattr(runtime, "_reasons_given", set())
+    hook = llama.model.layers[1].register_forward_hook(lambda *arguments: None)
+    try:
+        assert_same_call(llama, make_fixed(llama), make_prompt(6), do_sample=False)
+    finally:
+        hook.remove()
+    with torch.autocast("cpu", torch.bfloat16):
+        call(llama, make_prompt(6), do_sample=False, assistant_model=make_fixed(llama))
+    bloom = TARGETS["bloom"]().eval()
+    assert_same_call(bloom, make_fixed(bloom), make_prompt(6), do_sample=False)
+    reasons = [message.split(": ", 1)[1] for message in caplog.messages if "not captured" in message]
+    assert reasons == [
+        "the target or the draft has hooks, which a graph would not call.",
+        "autocast is on, whose copies of weights end with it.",
+        "the target takes no masks of its own.",
+    ]
+    assert ways == []
+
+
+@pytest.mark.parametrize(("value", "is_taken"), [(None, False), (False, False), (True, True)])
+def test_knob_decides_and_absent_means_cuda(llama, value, is_taken, ways):
+    draft = make_fixed(llama)
+    draft.generation_config.fixed_shapes = value
+    assert_same_call(llama, draft, make_prompt(6), do_sample=False)
+    assert bool(ways) == is_taken
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0])
+def test_wrong_value_of_the_knob_is_refused_by_name(llama, value):
+    draft = make_draft(llama)
+    draft.generation_config.fixed_shapes = value
+    with pytest.raises(ValueError, match=f"fixed_shapes` must be None, True or False, got {value!r}"):
+        call(llama, make_prompt(4), assistant_model=draft)
