@@ -20,9 +20,23 @@ from reference_generation import (
     make_prompts,
     set_tree,
 )
-from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, StoppingCriteria
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+)
 
 from eagle3_mla.generation import fixed_rounds, ragged, runtime
+from eagle3_mla.generation.drafting import draft_tree
+from eagle3_mla.generation.fixed_cache import FixedCache
+from eagle3_mla.generation.fixed_memory import FixedMemory
+from eagle3_mla.generation.memory import DraftMemory
+from eagle3_mla.generation.support import TreePlan
 
 SHAPES = {"chain": (5, 1, 5), "tree": (12, 3, 4)}
 PROMPTS = {"alone": ([9], 2), "batch": ([12, 5, 9], 0)}
@@ -429,3 +443,76 @@ def test_wrong_value_of_the_knob_is_refused_by_name(llama, value):
     draft.generation_config.fixed_shapes = value
     with pytest.raises(ValueError, match=f"fixed_shapes` must be None, True or False, got {value!r}"):
         call(llama, make_prompt(4), assistant_model=draft)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind", [{}, {"mla_rope_dim": 4}, {"attention_type": "gqa"}, {"num_hidden_layers": 2}], ids=str
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_memory_of_fixed_shape_drafts_the_same_trees(shape, kind):
+    """Rounds with every number of pending rows, for sequences of several lengths, against a cache that grows."""
+    target = TARGETS["llama"]().eval().double()
+    draft = make_draft(target, **kind).double()
+    plan, prompt = TreePlan(*SHAPES[shape][::2], SHAPES[shape][1], None), make_prompts([9, 4, 6])
+    captured = draft.capture_fused_states(target)
+    with captured:
+        target(**prompt)
+    ids = torch.cat([prompt["input_ids"], torch.randint(2, 11, (3, 1))], dim=1)
+    is_token = torch.cat([prompt["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
+    states = captured.take()
+    slow, like = (DraftMemory.of_prompt(states, ids, is_token) for _ in range(2))
+    like.read_prompt(draft, target)
+    fixed = FixedMemory(draft, like, 64 + plan.depth * plan.top_k, plan.depth + 1)
+    fixed.load(like)
+    most = plan.depth + 1
+    for num_new in [1, 1, 1], [1, 2, 3], [most, 1, 2], [most, most, most], [2, 4, 1], [1, 1, 1]:
+        trees = [draft_tree(draft, target, memory, plan, LogitsProcessorList(), None) for memory in (slow, fixed)]
+        assert trees[0].token_ids.tolist() == trees[1].token_ids.tolist()
+        assert trees[0].parents.tolist() == trees[1].parents.tolist()
+        assert fixed.num_rows.tolist() == slow.num_rows
+        states = torch.randn(3, most, slow.pending_states.shape[-1], dtype=torch.float64)
+        tokens = torch.randint(2, 11, (3, most))
+        slow.await_rows(states, tokens, num_new)
+        fixed.await_rows(states, tokens, torch.tensor(num_new))
+
+
+def test_moved_slots_hold_what_a_cache_of_the_accepted_path_holds():
+    like, states = DynamicCache(), torch.randn(2, 2, 20, 4)
+    for layer, width in enumerate((4, 4, 2)):
+        like.update(states[..., :5, :width], states[..., :5, :width], layer)
+    cache = FixedCache(like, capacity=16)
+    expected = [(layer.keys.clone(), layer.values.clone()) for layer in like.layers]
+    cache.load(like)
+    begin = torch.tensor([5, 4])
+    cache.write_at(begin[:, None] + torch.arange(6))
+    for layer, width in enumerate((4, 4, 2)):
+        cache.update(states[..., 5:11, :width], -states[..., 5:11, :width], layer)
+    path = torch.tensor([[0, 2, 5], [0, 1, 4]])
+    cache.move(begin[:, None] + path, begin[:, None] + torch.arange(3))
+    for layer, (keys, values) in zip(cache.layers, expected, strict=True):
+        for row, start in enumerate(begin.tolist()):
+            accepted = states[row, :, 5 + path[row], : keys.shape[-1]]
+            assert torch.equal(layer.keys[row, :, : start + 3], torch.cat([keys[row, :, :start], accepted], dim=1))
+            assert torch.equal(
+                layer.values[row, :, : start + 3], torch.cat([values[row, :, :start], -accepted], dim=1)
+            )
+
+
+STOP_LENGTHS = {"alone": [6], "batch": [6, 4]}
+
+
+@pytest.mark.parametrize("eos_token_id", [None, [9]], ids=["no-eos", "eos"])
+@pytest.mark.parametrize("lengths", STOP_LENGTHS.values(), ids=STOP_LENGTHS.keys())
+def test_stop_strings_end_texts_where_they_end_plain_ones(llama, lengths, eos_token_id, ways):
+    model = models.WordLevel({chr(97 + token): token for token in range(11)}, unk_token="a")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    prompt = make_prompts(lengths)
+    text = call(llama, prompt, do_sample=True)[0][0]
+    stop = "".join(chr(97 + token) for token in text[11:13])
+    settings = {"stop_strings": [stop], "tokenizer": tokenizer, "do_sample": True, "eos_token_id": eos_token_id}
+    found = assert_same_call(llama, make_fixed(llama), prompt, **settings)
+    assert len(lengths) > 1 or len(found[0]) == 13
+    assert ways == ["device" if len(lengths) == 1 else "host"]
