@@ -42,6 +42,9 @@ MOST_KEPT = 4
 # Inputs of a target that rounds at fixed shapes give it, or that say nothing about single tokens.
 KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
+# What layers of adapters say about themselves.
+ADAPTER_FIELDS = {"disable_adapters", "active_adapters", "merged"}
+
 KNOWN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 _kept: WeakKeyDictionary[nn.Module, OrderedDict] = WeakKeyDictionary()
@@ -186,7 +189,7 @@ def choose_on_the_host(
         rounds.load_verdict(verdict)
         with stats.times.choice:
             rounds.keep()
-        record_round(stats, rounds, verdict.walks, texts)
+        record_round(stats, shelf, rounds, verdict.walks, texts)
     rounds.cache.give_back(shelf.cache, transcript.input_ids.shape[1] - 1)
 
 
@@ -208,7 +211,7 @@ def follow_the_device(shelf: "Shelf", rounds: FixedRounds, texts: RaggedTexts, s
         if is_ahead:
             report = launch_round(rounds, texts, stats)
         walks, _, _ = texts.take(rows, torch.tensor([row[4 : 4 + rounds.plan.depth + 1] for row in rows]))
-        record_round(stats, rounds, walks, texts)
+        record_round(stats, shelf, rounds, walks, texts)
         if transcript.is_finished:
             break
         if not is_ahead:
@@ -260,15 +263,19 @@ class Report:
         return self.rows.tolist()
 
 
-def record_round(stats: SpeculationStats, rounds: FixedRounds, walks: Walks, texts: RaggedTexts | TextsInStep) -> None:
+def record_round(
+    stats: SpeculationStats, shelf: "Shelf", rounds: FixedRounds, walks: Walks, texts: RaggedTexts | TextsInStep
+) -> None:
     """
     Counts a round.
 
-    **Effects**: the streamer gets its tokens.
+    **Effects**: the streamer gets its tokens; `shelf` knows what the draft will read.
     """
     stats.target_calls += 1
     stats.record(walks, tree_size(rounds.plan) - 1, rounds.plan.depth)
-    stats.draft_cache_bytes, stats.draft_cache_tokens = rounds.memory.num_bytes, texts.ids.shape[1] - 2
+    stats.draft_cache_bytes, stats.draft_cache_tokens = rounds.memory.num_bytes, max(shelf.num_rows)
+    num_read = texts.lengths or [texts.ids.shape[1] - 1] * len(texts.ids)
+    shelf.num_rows = [count - pads for count, pads in zip(num_read, shelf.num_pads, strict=True)]
     texts.transcript.flush()
 
 
@@ -297,6 +304,8 @@ class Shelf:
         warpers, ends = stateless_warpers(transcript.logits_processor), ends_of(transcript)
         self.settings = plan, warpers, cache, memory
         self.draw, self.ends, self.is_padded_left = draw, ends, is_padded_left
+        self.num_rows = [count + 1 for count in memory.num_rows]  # of the draft's cache, after the coming round
+        self.num_pads = [cache.get_seq_length() - count for count in self.num_rows]
         self.compile_config = compile_config(draft)
         self.kept = _kept.setdefault(draft, OrderedDict())
         key = (
@@ -388,10 +397,11 @@ def has_hooks(model: nn.Module) -> bool:
 def fingerprint(model: PreTrainedModel) -> int:
     """Differs if a model's weights have moved, or it computes in another way."""
     tensors = [*model.parameters(), *model.buffers()]
+    kinds = {kind for kind in set(map(type, model.modules())) if set(dir(kind)) >= ADAPTER_FIELDS}
     adapters = [
         (module.disable_adapters, tuple(module.active_adapters), module.merged)
         for module in model.modules()
-        if {"disable_adapters", "active_adapters", "merged"} <= set(dir(type(module)))
+        if type(module) in kinds
     ]
     return hash((tuple(tensor.data_ptr() for tensor in tensors), tuple(adapters), model.config._attn_implementation))
 

@@ -31,7 +31,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from eagle3_mla.generation import fixed_rounds, ragged, runtime
+from eagle3_mla.generation import capture, fixed_rounds, ragged, runtime
 from eagle3_mla.generation.drafting import draft_tree
 from eagle3_mla.generation.fixed_cache import FixedCache
 from eagle3_mla.generation.fixed_memory import FixedMemory
@@ -101,7 +101,7 @@ def test_text_is_that_of_plain_generation(setting, ways):
     assert_same_calls("llama", setting, product(SHAPES, PROMPTS), ways)
 
 
-@pytest.mark.parametrize("setting", ["greedy", "greedy-processors", "sample-eos"])
+@pytest.mark.parametrize("setting", ["greedy", "sample-eos"])
 @pytest.mark.parametrize("name", [name for name in BRANCHING if name != "llama"])
 def test_text_of_every_family_is_that_of_plain_generation(name, setting, ways):
     assert_same_calls(name, setting, [("tree", "batch"), ("chain", "batch")], ways)
@@ -298,7 +298,7 @@ def test_call_by_another_thread_meanwhile_takes_the_other_loop(llama, ways):
 def test_statistics_are_those_of_the_other_loop(setting, shape):
     """The last round aside: here its trees may be deeper than what is left of the text."""
     target = TARGETS["llama"]().eval().double()
-    draft, prompt, found = make_fixed(target, shape).double(), make_prompt(9), []
+    draft, prompt, found = make_fixed(target, shape).double(), make_prompt(9, num_padding=3), []
     for wanted in True, False:
         draft.generation_config.fixed_shapes = wanted
         call(target, prompt, assistant_model=draft, max_new_tokens=40, **SETTINGS[setting])
@@ -307,6 +307,7 @@ def test_statistics_are_those_of_the_other_loop(setting, shape):
     assert fixed.acceptance_lengths == varying.acceptance_lengths
     assert sum(fixed.accepted_by_depth) > 0
     assert sum(fixed.accepted_by_depth) - sum(varying.accepted_by_depth) in (0, 1)
+    assert fixed.draft_cache_tokens == 9 + 40 - fixed.acceptance_lengths[-1] - 1
     assert (fixed.new_tokens, fixed.target_calls) == (varying.new_tokens, varying.target_calls)
 
 
@@ -516,3 +517,95 @@ def test_stop_strings_end_texts_where_they_end_plain_ones(llama, lengths, eos_to
     found = assert_same_call(llama, make_fixed(llama), prompt, **settings)
     assert len(lengths) > 1 or len(found[0]) == 13
     assert ways == ["device" if len(lengths) == 1 else "host"]
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list:
+    """The stages that a test captures."""
+    made, new = [], capture.CapturedStage.__init__
+    monkeypatch.setattr(capture.CapturedStage, "__init__", lambda self, *given: made.append(self) or new(self, *given))
+    return made
+
+
+def on_cuda(prompt):
+    return {name: tensor.cuda() for name, tensor in prompt.items()}
+
+
+@pytest.mark.parametrize("setting", ["sample", "greedy-processors"])
+def test_statistics_know_how_much_is_in_the_drafts_cache(llama, setting, monkeypatch):
+    """Neither is a round ahead of the statistics."""
+    record, num_rounds = runtime.record_round, 0
+
+    def watched(stats, shelf, rounds, *others):
+        nonlocal num_rounds
+        record(stats, shelf, rounds, *others)
+        assert stats.draft_cache_tokens == rounds.memory.num_rows.max()
+        num_rounds += 1
+
+    monkeypatch.setattr(runtime, "record_round", watched)
+    call(llama, make_prompts([9, 4], num_padding=2), assistant_model=make_fixed(llama), **SETTINGS[setting])
+    assert num_rounds > 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("setting", CELLS)
+@pytest.mark.parametrize("name", BRANCHING)
+def test_captured_rounds_give_the_plain_text(name, setting, shape, graphs):
+    target, num_accepted = TARGETS[name]().eval().cuda(), 0
+    for seed, prompt in enumerate([make_prompt(9, 2), make_prompts([12, 5, 9])]):
+        draft = set_tree(make_draft(target), *SHAPES[shape]).cuda()
+        assert_same_call(target, draft, on_cuda(prompt), seed, **SETTINGS[setting])
+        num_accepted += sum(draft.speculation_stats.accepted_by_depth)
+    assert num_accepted > 0
+    assert len(graphs) == 8
+
+
+@pytest.mark.gpu
+def test_calls_share_graphs_until_weights_move(graphs):
+    target = TARGETS["llama"]().eval().cuda()
+    draft, prompt, counts = set_tree(make_draft(target), *SHAPES["tree"]).cuda(), on_cuda(make_prompt(9)), []
+
+    def count():
+        assert_same_call(target, draft, prompt, do_sample=False)
+        counts.append(len(graphs))
+
+    for _ in range(2):
+        count()
+    for parameter in draft.parameters():
+        parameter.data = parameter.data.clone()
+    count()
+    for parameter in target.parameters():
+        parameter.data = parameter.data.clone()
+    count()
+    with torch.inference_mode():
+        count()
+    count()
+    assert counts == [4, 4, 8, 12, 16, 16]
+
+
+@pytest.mark.gpu
+def test_adapter_that_is_switched_off_gets_graphs_of_its_own(graphs):
+    peft = pytest.importorskip("peft")
+    target = TARGETS["llama"]().eval()
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(target, config).eval().cuda()
+    draft, prompt = set_tree(make_draft(target), *SHAPES["tree"]).cuda(), on_cuda(make_prompt(9))
+    with_adapter = assert_same_call(target, draft, prompt, do_sample=False)
+    with model.disable_adapter():
+        assert assert_same_call(target, draft, prompt, do_sample=False) != with_adapter
+    assert len(graphs) == 8
+
+
+@pytest.mark.gpu
+def test_model_that_asks_the_device_takes_the_other_loop(caplog, monkeypatch, graphs):
+    monkeypatch.setattr(runtime, "_reasons_given", set())
+    target = TARGETS["llama"]().eval().cuda()
+    mlp = target.model.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda states: forward(states) * (1.0 if states.sum().item() < float("inf") else 0.0)
+    draft, prompt = set_tree(make_draft(target), *SHAPES["tree"]).cuda(), on_cuda(make_prompt(9))
+    for _ in range(2):
+        assert_same_call(target, draft, prompt, do_sample=False)
+    assert sum("not captured" in message for message in caplog.messages) == 1
+    assert draft.speculation_stats.rounds > 0
