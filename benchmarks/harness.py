@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from eagle3_mla.training.files import replace_file
 from eagle3_mla.training.release import code_commit
 
 BYTES_PER_GB = 1e9
@@ -70,6 +71,14 @@ def matrix_product_rate(size: int = 8192) -> float:
     return 2 * size**3 / seconds
 
 
+def copy_bandwidth(num_bytes: int, device: str) -> float:
+    """Bytes per second, read and written, of copying a large tensor."""
+    source = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+    copied = torch.empty_like(source)
+    copied.copy_(source)
+    return 2 * num_bytes / min(timed(lambda: copied.copy_(source)) for _ in range(10))
+
+
 def write_table(path: Path, title: str, columns: list[str], rows: list[list[str]], note: str) -> None:
     """A markdown file with the table, how it was made and on what; cells that a row lacks at its end stay empty."""
     rows = [row + [""] * (len(columns) - len(row)) for row in rows]
@@ -77,7 +86,7 @@ def write_table(path: Path, title: str, columns: list[str], rows: list[list[str]
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     lines += ["", f"    python {' '.join(sys.argv)}", "", conditions(), ""]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines), encoding="utf-8")
+    replace_file(path, "\n".join(lines))
 
 
 def conditions() -> str:

@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import CompileConfig
 
+# Shapes of one function that are compiled before PyTorch runs others uncompiled: buffers come in several capacities.
+MOST_SHAPES = 64
 WITHOUT_OWN_GRAPHS = {"reduce-overhead": "default", "max-autotune": "max-autotune-no-cudagraphs"}
 
 
@@ -29,7 +31,8 @@ def compiled(config: CompileConfig | None, *models: nn.Module) -> Iterator[None]
     for model in models:
         model.forward = torch.compile(model.forward, dynamic=False, mode=mode, **settings)
     try:
-        yield
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+            yield
     finally:
         for model in models:
             del model.forward

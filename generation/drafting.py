@@ -133,7 +133,7 @@ def best_of(log_probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
     A GPU looks for the best of many parts of few rows at once, then for the best of these.
     """
-    num_parts = next((count for count in (64, 50, 40, 32, 16) if log_probs.shape[-1] % count == 0), 1)
+    num_parts = next((count for count in (16, 20, 25, 32, 50) if log_probs.shape[-1] % count == 0), 1)
     if not log_probs.is_cuda or log_probs.shape[-1] < max(64, top_k) * num_parts:
         return log_probs.topk(top_k)
     best, places = log_probs.unflatten(-1, (num_parts, -1)).topk(top_k)  # (B, W, parts, top_k)

@@ -10,6 +10,7 @@ Shapes: B batch, M pending rows, W nodes of one depth, K slots, D hidden.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -69,14 +70,16 @@ class FixedMemory:
     Args:
         draft ([`Eagle3MLADraftModel`]): The head.
         like ([`DraftMemory`]): One that has read a prompt.
-        capacity (`int`): Rows of a sequence, guesses included.
+        capacity (`int`): Committed rows of a sequence.
+        num_guesses (`int`): Rows that a round drafts.
         num_pending (`int`): Rows that a round can accept.
     """
 
-    def __init__(self, draft, like: DraftMemory, capacity: int, num_pending: int):
+    def __init__(self, draft, like: DraftMemory, capacity: int, num_guesses: int, num_pending: int):
         batch_size, _, width = like.pending_states.shape
         is_latent = draft.config.attention_type == "mla"
-        self.cache = (LatentCache if is_latent else FixedCache)(like.cache, capacity)
+        self.cache = (LatentCache if is_latent else FixedCache)(like.cache, capacity + max(num_guesses, num_pending))
+        self.num_guesses = num_guesses
         self.rotary = draft.rotary_emb
         self.num_rows = like.pending_tokens.new_zeros(batch_size)
         self.num_pending = torch.ones_like(self.num_rows)
@@ -152,20 +155,23 @@ class FixedMemory:
 
         **Effects**: the next forward writes behind the rows that were drafted before.
         """
-        _, width, num_drafted = sees.shape
-        depths = torch.arange(num_drafted, device=sees.device) // width
-        return self._inputs(sees, self.num_rows[:, None] + depths)
+        width, num_drafted = sees.shape[1:]
+        # Of one size at all depths, so that a compiler meets one shape; what is not written yet is not seen.
+        num_later = self.num_guesses - num_drafted
+        depths = torch.arange(self.num_guesses, device=sees.device) // width
+        return self._inputs(F.pad(sees, (0, num_later)), self.num_rows[:, None] + depths, num_later)
 
-    def _inputs(self, sees: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    def _inputs(self, sees: Tensor, positions: Tensor, num_later: int = 0) -> dict[str, Tensor]:
         """
         For rows `(B, W)` that see all rows in the cache and, of those behind, what `sees (B, W, S)` says.
 
-        They are the last of these, which stand at RoPE positions `positions (B, S)`.
+        They are themselves the last of these but for `num_later`, at RoPE positions `positions (B, S)`.
         """
         width, num_new = sees.shape[1:]
         slots = self.num_rows[:, None] + torch.arange(num_new, device=sees.device)  # (B, S)
-        self.cache.write_at(slots[:, -width:])
-        own_positions = positions[:, -width:]
+        own = slice(num_new - num_later - width, num_new - num_later)
+        self.cache.write_at(slots[:, own])
+        own_positions = positions[:, own]
         if isinstance(self.cache, LatentCache):
             self.cache.show(self.num_rows, sees, positions, *self.rotary.frequencies(positions.device))
             return {"position_ids": own_positions}

@@ -95,7 +95,7 @@ class FixedRounds:
         self.target, self.draft, self.whose = weakref.proxy(target), weakref.proxy(draft), weakref.ref(target)
         self.plan, self.warpers, self.capacity = plan, warpers, capacity
         self.cache = FixedCache(cache, capacity)
-        self.memory = FixedMemory(draft, memory, capacity + plan.depth * plan.top_k, plan.depth + 1)
+        self.memory = FixedMemory(draft, memory, capacity, plan.depth * plan.top_k, plan.depth + 1)
         self.windows = windows_by_kind(target, cache)
         counts = self.memory.num_rows
         self.slots = torch.arange(capacity, device=counts.device)
@@ -105,6 +105,8 @@ class FixedRounds:
         self.noise = None if draw is None else GivenNoise(draw.new_ones(len(draw), plan.depth + 1, draw.shape[1]))
         self.token_ids = counts.new_zeros(len(counts), tree_size(plan))
         self.parents, self.preferred = torch.zeros_like(self.token_ids), torch.zeros_like(self.token_ids[:, 1:])
+        num_nodes = self.token_ids.shape[1]
+        self.attends = torch.zeros(len(counts), num_nodes, num_nodes, dtype=torch.bool, device=counts.device)
         self.path = counts.new_zeros(len(counts), plan.depth + 1)
         self.tokens, self.num_new = torch.zeros_like(self.path), torch.ones_like(counts)
         self.roots = torch.zeros_like(self.path[:, :1])
@@ -154,9 +156,11 @@ class FixedRounds:
     def tree(self) -> DraftTree:
         """The trees of the round, in the buffers."""
         is_chain = self.plan.top_k == 1
-        return DraftTree(
-            self.token_ids, self.parents, is_chain, self.plan.depth, preferred=None if is_chain else self.preferred
-        )
+        preferred = None if is_chain else self.preferred
+        tree = DraftTree(self.token_ids, self.parents, is_chain, self.plan.depth, preferred)
+        if not is_chain:
+            vars(tree)["attends"] = self.attends  # computed once a round
+        return tree
 
     def load(
         self,
@@ -211,6 +215,7 @@ class FixedRounds:
         self.parents.copy_(tree.parents)
         if not tree.is_chain:
             self.preferred.copy_(tree.preferred)
+            self.attends.copy_(tree.attends)
 
     def load_verdict(self, verdict: Verdict) -> None:
         """What `keep` is to keep."""

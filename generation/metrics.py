@@ -79,14 +79,20 @@ class SpeculationStats:
         return self.times.choice.seconds
 
     @property
+    def capture_seconds(self) -> float:
+        """Seconds in which graphs were captured, compilation included; 0 where those of an earlier call serve."""
+        return self.times.capture.seconds
+
+    @property
     def round_seconds(self) -> float:
         """Seconds of all rounds."""
         return self.times.round_seconds
 
     @property
     def host_seconds(self) -> float:
-        """Seconds of the rounds in which the device did none of these."""
-        return self.round_seconds - self.draft_seconds - self.target_seconds - self.choice_seconds
+        """Seconds of the rounds in which nothing of this was done."""
+        named = self.draft_seconds, self.target_seconds, self.choice_seconds, self.capture_seconds
+        return self.round_seconds - sum(named)
 
     def record(self, walks: Walks, num_nodes: int, deepest: int) -> None:
         """

@@ -29,6 +29,7 @@ from .metrics import SpeculationStats
 from .ragged import RaggedTexts
 from .sampling import stateless_warpers
 from .support import TreePlan, compile_config, draft_window, fixed_shapes, schedule
+from .timing import Stopwatch
 from .traces import Traces
 from .transcript import Transcript
 from .verification import TextsInStep, Walks
@@ -141,7 +142,7 @@ def decode_at_fixed_shapes(
         draw = texts.noise.peek(0) if transcript.do_sample else None
         is_token = model_kwargs.get("attention_mask")
         is_padded_left = is_token is None or bool((is_token.diff(dim=1) >= 0).all() and is_token[:, -2:].all())
-        shelf = Shelf(target, draft, plan, transcript, cache, memory, draw, is_padded_left)
+        shelf = Shelf(target, draft, plan, transcript, cache, memory, draw, is_padded_left, stats.times.capture)
         num_read, num_nodes = cache.get_seq_length(), tree_size(plan)
         rounds = shelf.rounds_for(num_read + 2 * num_nodes)
         if rounds is None:
@@ -287,6 +288,7 @@ class Shelf:
         target, draft, plan, cache, memory, draw: As for [`FixedRounds`].
         transcript ([`Transcript`]): The text.
         is_padded_left (`bool`): Whether padding, if there is any, stands before the texts and nowhere else.
+        stopwatch ([`Stopwatch`]): Of captures.
     """
 
     def __init__(
@@ -299,6 +301,7 @@ class Shelf:
         memory: DraftMemory,
         draw: Tensor | None,
         is_padded_left: bool,
+        stopwatch: Stopwatch,
     ):
         self.target, self.draft, self.cache = target, draft, cache
         warpers, ends = stateless_warpers(transcript.logits_processor), ends_of(transcript)
@@ -306,7 +309,7 @@ class Shelf:
         self.draw, self.ends, self.is_padded_left = draw, ends, is_padded_left
         self.num_rows = [count + 1 for count in memory.num_rows]  # of the draft's cache, after the coming round
         self.num_pads = [cache.get_seq_length() - count for count in self.num_rows]
-        self.compile_config = compile_config(draft)
+        self.compile_config, self.stopwatch = compile_config(draft), stopwatch
         self.kept = _kept.setdefault(draft, OrderedDict())
         key = (
             plan,
@@ -348,7 +351,8 @@ class Shelf:
         errors = []
         for fuses in [True, False] if self.is_padded_left and rounds.can_fuse() else [False]:
             try:
-                rounds.capture(fuses, self.compile_config)
+                with self.stopwatch:
+                    rounds.capture(fuses, self.compile_config)
                 return rounds
             except Exception as error:  # whatever a model raises that asks something of the device
                 errors.append(f"{type(error).__name__}: {error}")

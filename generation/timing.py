@@ -69,6 +69,7 @@ class CallTimes:
     def __init__(self, target_device: torch.device | None = None, draft_device: torch.device | None = None):
         self.prefill, self.target = Stopwatch(target_device), Stopwatch(target_device)
         self.draft, self.choice = Stopwatch(draft_device), Stopwatch(target_device)
+        self.capture = Stopwatch()
         self.rounds_began = self.rounds_ended = 0.0
         self.is_running = False
         self.hooks: list[torch.utils.hooks.RemovableHandle] = []

@@ -44,8 +44,8 @@ class DraftTree:
         if self.is_chain:
             return (nodes <= nodes[:, None]).expand(len(self.token_ids), -1, -1)
         sees = (nodes == nodes[:, None]) | (nodes == self.parents[..., None])
-        num_generations = 1
-        while num_generations < num_nodes:  # each product doubles how far up a node sees
+        num_generations, deepest = 1, num_nodes - 1 if self.max_depth is None else min(self.max_depth, num_nodes - 1)
+        while num_generations <= deepest:  # each product doubles how far up a node sees
             sees = sees.float() @ sees.float() > 0
             num_generations *= 2
         return sees

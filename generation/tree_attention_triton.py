@@ -22,6 +22,8 @@ LOG2_E = tl.constexpr(math.log2(math.e))
 # Programs that together keep a device busy, per multiprocessor; more of them cost more partial results.
 PROGRAMS_PER_PROCESSOR = 2
 MAX_SPLITS = 128
+# Fewer are not worth a partial result (H200, 61 nodes, 512 slots: 12.7 µs in 4 splits, 24 in 9).
+TILES_PER_SPLIT = 6
 # Without a device, that is in Triton's interpreter.
 NUM_PROCESSORS_WITHOUT_DEVICE = 1
 COMBINED_NODES = 4
@@ -131,7 +133,7 @@ def choose_tiling(num_rows: int, width: int, bytes_per_element: int) -> Tiling:
         # Products of exact float32 take no tensor core and hold their operands in registers.
         return Tiling(min(rows, 32), keys=16, num_warps=8, num_stages=1)
     if padded_width(width) <= 128:
-        return Tiling(min(rows, 64), keys=64, num_warps=4, num_stages=2)
+        return Tiling(min(rows, 64), keys=32, num_warps=4, num_stages=3)
     return Tiling(min(rows, 64), keys=32, num_warps=8, num_stages=2)
 
 
@@ -142,7 +144,7 @@ def choose_num_splits(num_programs: int, num_tiles: int, device: torch.device) -
     else:
         num_processors = NUM_PROCESSORS_WITHOUT_DEVICE
     wanted = triton.cdiv(PROGRAMS_PER_PROCESSOR * num_processors, num_programs)
-    return min(wanted, num_tiles, MAX_SPLITS)
+    return max(1, min(wanted, num_tiles // TILES_PER_SPLIT, MAX_SPLITS))
 
 
 def padded_width(width: int) -> int:
