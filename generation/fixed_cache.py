@@ -81,8 +81,11 @@ class FixedCache(Cache):
         """
         Takes over what `cache` holds, slot by slot; of a sliding window that are the newest slots.
 
+        What an earlier text left is overwritten: a number that is not finite would come through any mask.
+
         **Effects**: `cache` forgets it, layer by layer, so that nothing is in memory twice.
         """
+        self._clear()
         for layer, source in zip(self.layers, cache.layers, strict=True):
             end = source.get_seq_length()
             first = end - source.keys.shape[2]
@@ -90,9 +93,14 @@ class FixedCache(Cache):
             source.keys, source.values = source.keys[:, :, :0].clone(), source.values[:, :, :0].clone()
 
     def take_over(self, smaller: "FixedCache") -> None:
-        """Copies all slots of a cache of a smaller capacity."""
+        """Copies all slots of a cache of a smaller capacity; there is nothing in the others."""
+        self._clear()
         for stack, source in zip(self.stacks.values(), smaller.stacks.values(), strict=True):
             stack[:, :, :, : smaller.capacity] = source
+
+    def _clear(self) -> None:
+        for stack in self.stacks.values():
+            stack.zero_()
 
     def give_back(self, cache: Cache, num_tokens: int) -> None:
         """

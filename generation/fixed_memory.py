@@ -108,6 +108,7 @@ class FixedMemory:
         self.first_slot = memory.first_slot
         self.num_rows.copy_(torch.tensor(memory.num_rows))
         self.num_pending.fill_(1)
+        self.pending_states.zero_()
         self.pending_tokens[:, :1], self.pending_states[:, :1] = memory.pending_tokens, memory.pending_states
 
     def take_over(self, smaller: "FixedMemory") -> None:

@@ -118,11 +118,10 @@ class FixedRounds:
         self.first = torch.zeros_like(counts)
         self.fuses = False
         self.listener = draft.capture_fused_states(target)
-        self.draft_trees, self.verify, self.choose, self.keep = self._stages()
 
     def capture(self, fuses: bool, compile_config: CompileConfig | None) -> None:
         """
-        Makes each stage one launch of a CUDA graph.
+        Makes each stage one launch of a CUDA graph, which stands in the place of the method.
 
         Args:
             fuses (`bool`): Whether the target's attention and norms may be those of `fused_target.py`.
@@ -147,7 +146,7 @@ class FixedRounds:
         return self.target.dtype in HALF_PRECISION and not any(self.windows.values())
 
     def _stages(self) -> tuple[Stage, Stage, Stage, Stage]:
-        return self._draft_trees, self._verify, self._choose, self._keep
+        return self.draft_trees, self.verify, self.choose, self.keep
 
     def belong_to(self, target: PreTrainedModel) -> bool:
         """Whether these are rounds of `target` itself, not of one that had its weights in the same place."""
@@ -224,7 +223,7 @@ class FixedRounds:
         self.path[:, :num_steps], self.tokens[:, :num_steps] = verdict.path, verdict.tokens
         self.num_new.copy_(torch.tensor(verdict.num_kept))
 
-    def _draft_trees(self) -> None:
+    def draft_trees(self) -> None:
         """The head reads the pending rows and proposes `tree`."""
         memory, warpers = self.memory, self.warpers
         tree = draft_tree(self.draft, self.target, memory, self.plan, warpers, self.noise)
@@ -234,7 +233,7 @@ class FixedRounds:
             tree = tree.with_pads(self.is_frozen, self.pad_token_id, self.plan.depth)
         self.load_tree(tree)
 
-    def _verify(self) -> Tensor:
+    def verify(self) -> Tensor:
         """The target's logits after each node, `(B, N, V)`, fp32."""
         tree = self.tree
         slots = self.lengths[:, None] + torch.arange(len(tree), device=self.lengths.device)
@@ -258,7 +257,7 @@ class FixedRounds:
         self.logits = outputs.logits.float()
         return self.logits
 
-    def _choose(self) -> Tensor:
+    def choose(self) -> Tensor:
         """The path of every sequence; returns what the host has to know of it, `(B, 4 + 2P)`."""
         tree, is_sampled = self.tree, self.noise is not None
         pads = torch.where(self.is_frozen, self.pad_token_id, -1)
@@ -275,7 +274,7 @@ class FixedRounds:
             self.is_frozen |= has_ended
         return report_walk(tree, walk, num_new, has_ended)
 
-    def _keep(self) -> None:
+    def keep(self) -> None:
         """Both models keep the accepted paths and forget the other nodes."""
         begin = self.lengths[:, None]
         self.cache.move(begin + self.path, begin + torch.arange(self.path.shape[1], device=begin.device))

@@ -45,6 +45,9 @@ MOST_KEPT = 4
 # Inputs of a target that rounds at fixed shapes give it, or that say nothing about single tokens.
 KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
+# What layers of adapters say about themselves.
+ADAPTER_FIELDS = {"disable_adapters", "active_adapters", "merged"}
+
 KNOWN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 _kept: WeakKeyDictionary[nn.Module, OrderedDict] = WeakKeyDictionary()
@@ -106,6 +109,7 @@ def why_shapes_vary(
             getattr(each, "record_past", False) for each in cache.layers
         ),
         "the target's cache is of a kind of its own": not {type(layer) for layer in cache.layers} <= KNOWN_LAYERS,
+        "autocast is on, whose copies of weights end with it": torch.is_autocast_enabled(target.device.type),
         "the target or the draft has hooks, which a graph would not call": has_hooks(target) or has_hooks(draft),
     }
     applying = [reason for reason, applies in reasons.items() if applies]
@@ -198,7 +202,7 @@ def choose_on_the_host(
         rounds.load_verdict(verdict)
         with stats.times.choice:
             rounds.keep()
-        record_round(stats, rounds, verdict.walks, texts)
+        record_round(stats, shelf, rounds, verdict.walks, texts)
     return rounds
 
 
@@ -222,7 +226,7 @@ def follow_the_device(shelf: "Shelf", rounds: FixedRounds, texts: RaggedTexts, s
         if is_ahead:
             report = launch_round(rounds, texts, stats)
         walks, _, _ = texts.take(rows, torch.tensor([row[4 : 4 + rounds.plan.depth + 1] for row in rows]))
-        record_round(stats, rounds, walks, texts)
+        record_round(stats, shelf, rounds, walks, texts)
         if transcript.is_finished:
             break
         if not is_ahead:
@@ -279,16 +283,20 @@ class Report:
         return self.rows.tolist()
 
 
-def record_round(stats: SpeculationStats, rounds: FixedRounds, walks: Walks, texts: RaggedTexts | TextsInStep) -> None:
+def record_round(
+    stats: SpeculationStats, shelf: "Shelf", rounds: FixedRounds, walks: Walks, texts: RaggedTexts | TextsInStep
+) -> None:
     """
     Counts a round.
 
-    **Effects**: the streamer gets its tokens.
+    **Effects**: the streamer gets its tokens; `shelf` knows what the draft will read.
     """
     stats.target_calls += 1
     stats.record(walks, tree_size(rounds.plan) - 1, rounds.plan.depth)
-    stats.draft_cache_bytes = rounds.memory.num_bytes
-    stats.draft_cache_tokens = slots_of(texts) - rounds.memory.first_slot - 2
+    stats.draft_cache_bytes, stats.draft_cache_tokens = rounds.memory.num_bytes, max(shelf.num_rows)
+    num_read = texts.lengths or [texts.ids.shape[1] - 1] * len(texts.ids)
+    num_omitted = texts.transcript.num_omitted
+    shelf.num_rows = [num_omitted + count - pads for count, pads in zip(num_read, shelf.num_pads, strict=True)]
     texts.transcript.flush()
 
 
@@ -319,6 +327,8 @@ class Shelf:
         warpers, ends = stateless_warpers(transcript.logits_processor), ends_of(transcript)
         self.settings = plan, warpers, cache, memory
         self.draw, self.ends, self.is_padded_left = draw, ends, is_padded_left
+        self.num_rows = [count + 1 for count in memory.num_rows]  # of the draft's cache, after the coming round
+        self.num_pads = [cache.get_seq_length() - count for count in self.num_rows]
         self.compile_config, self.stopwatch = compile_config(draft), stopwatch
         self.kept = _kept.setdefault(draft, OrderedDict())
         key = (
@@ -329,6 +339,7 @@ class Shelf:
             ends,
             target.dtype,
             is_padded_left,
+            torch.is_inference_mode_enabled(),  # elsewhere, its buffers could not be written
         )
         self.key = *key, fingerprint(target), fingerprint(draft)
 
@@ -410,10 +421,11 @@ def has_hooks(model: nn.Module) -> bool:
 def fingerprint(model: PreTrainedModel) -> int:
     """Differs if a model's weights have moved, or it computes in another way."""
     tensors = [*model.parameters(), *model.buffers()]
+    kinds = {kind for kind in set(map(type, model.modules())) if set(dir(kind)) >= ADAPTER_FIELDS}
     adapters = [
         (module.disable_adapters, tuple(module.active_adapters), module.merged)
         for module in model.modules()
-        if {"disable_adapters", "active_adapters", "merged"} <= set(dir(type(module)))
+        if type(module) in kinds
     ]
     return hash((tuple(tensor.data_ptr() for tensor in tensors), tuple(adapters), model.config._attn_implementation))
 

@@ -1,6 +1,8 @@
 """Decoding at fixed shapes: text, random state, cache, stream, scores and statistics are those of the other loop."""
 
+import gc
 import threading
+import weakref
 from functools import partial
 from itertools import product
 
@@ -18,9 +20,23 @@ from reference_generation import (
     make_prompts,
     set_tree,
 )
-from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessor, StoppingCriteria
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    DynamicCache,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+)
 
-from eagle3_mla.generation import fixed_rounds, ragged, runtime
+from eagle3_mla.generation import capture, fixed_rounds, ragged, runtime
+from eagle3_mla.generation.drafting import draft_tree
+from eagle3_mla.generation.fixed_cache import FixedCache
+from eagle3_mla.generation.fixed_memory import FixedMemory
+from eagle3_mla.generation.memory import DraftMemory
+from eagle3_mla.generation.support import TreePlan
 
 SHAPES = {"chain": (5, 1, 5), "tree": (12, 3, 4)}
 PROMPTS = {"alone": ([9], 2), "batch": ([12, 5, 9], 0)}
@@ -85,7 +101,7 @@ def test_text_is_that_of_plain_generation(setting, ways):
     assert_same_calls("llama", setting, product(SHAPES, PROMPTS), ways)
 
 
-@pytest.mark.parametrize("setting", ["greedy", "greedy-processors", "sample-eos"])
+@pytest.mark.parametrize("setting", ["greedy", "sample-eos"])
 @pytest.mark.parametrize("name", [name for name in BRANCHING if name != "llama"])
 def test_text_of_every_family_is_that_of_plain_generation(name, setting, ways):
     assert_same_calls(name, setting, [("tree", "batch"), ("chain", "batch")], ways)
@@ -282,7 +298,7 @@ def test_call_by_another_thread_meanwhile_takes_the_other_loop(llama, ways):
 def test_statistics_are_those_of_the_other_loop(setting, shape):
     """The last round aside: here its trees may be deeper than what is left of the text."""
     target = TARGETS["llama"]().eval().double()
-    draft, prompt, found = make_fixed(target, shape).double(), make_prompt(9), []
+    draft, prompt, found = make_fixed(target, shape).double(), make_prompt(9, num_padding=3), []
     for wanted in True, False:
         draft.generation_config.fixed_shapes = wanted
         call(target, prompt, assistant_model=draft, max_new_tokens=40, **SETTINGS[setting])
@@ -291,4 +307,305 @@ def test_statistics_are_those_of_the_other_loop(setting, shape):
     assert fixed.acceptance_lengths == varying.acceptance_lengths
     assert sum(fixed.accepted_by_depth) > 0
     assert sum(fixed.accepted_by_depth) - sum(varying.accepted_by_depth) in (0, 1)
+    assert fixed.draft_cache_tokens == 9 + 40 - fixed.acceptance_lengths[-1] - 1
     assert (fixed.new_tokens, fixed.target_calls) == (varying.new_tokens, varying.target_calls)
+
+
+def keep_rounds(monkeypatch) -> list:
+    """Lets calls on the CPU share buffers, as calls on CUDA do; returns all that are made."""
+    made, new = {}, runtime.Shelf._new
+    monkeypatch.setattr(
+        runtime.Shelf, "_new", lambda shelf, size: made.get(size) or made.setdefault(size, new(shelf, size))
+    )
+    return made
+
+
+@pytest.mark.parametrize("kind", [{}, {"attention_type": "gqa"}], ids=str)
+def test_nothing_of_an_earlier_text_comes_into_the_next(llama, kind, monkeypatch):
+    """Masked or not, a key that is not a number makes the scores none."""
+    made, draft, prompt = keep_rounds(monkeypatch), make_fixed(llama, **kind), make_prompts([5, 3])
+    plain = call(llama, prompt, do_sample=False)[0]
+    lengths = []
+    for _ in range(2):
+        assert call(llama, prompt, do_sample=False, assistant_model=draft)[0] == plain
+        lengths.append(draft.speculation_stats.acceptance_lengths)
+        (rounds,) = made.values()
+        for stack in [
+            *rounds.cache.stacks.values(),
+            *rounds.memory.cache.stacks.values(),
+            rounds.memory.pending_states,
+        ]:
+            stack.fill_(float("nan"))
+    assert lengths[0] == lengths[1]
+
+
+@pytest.mark.parametrize("setting", ["greedy", "greedy-processors"])
+def test_buffers_and_models_are_let_go_at_once(setting, monkeypatch):
+    """Caches that wait for the garbage collector fill a GPU that has room for one."""
+    rounds, new = [], runtime.FixedRounds.__init__
+    monkeypatch.setattr(
+        runtime.FixedRounds, "__init__", lambda self, *given: rounds.append(weakref.ref(self)) or new(self, *given)
+    )
+    target = TARGETS["llama"]().eval()
+    draft = make_fixed(target)
+    call(target, make_prompt(6), assistant_model=draft, **SETTINGS[setting])  # what is made once, is made
+    gc.collect()
+    gc.disable()
+    try:
+        call(target, make_prompt(6), assistant_model=draft, **SETTINGS[setting])
+        assert [each() for each in rounds] == [None, None]
+    finally:
+        gc.enable()
+    models = weakref.ref(target), weakref.ref(draft)
+    del target, draft
+    gc.collect()
+    assert [each() for each in models] == [None, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_draft_may_have_a_type_of_its_own(llama, dtype):
+    for prompt in make_prompt(6), make_prompts([5, 3]):
+        assert_same_call(llama, make_fixed(llama).to(dtype), prompt, do_sample=False)
+
+
+def test_half_precision_comes_to_the_end_of_the_text():
+    target = TARGETS["llama"]().eval().bfloat16()
+    draft = make_fixed(target).bfloat16()
+    text = call(target, make_prompts([5, 3]), do_sample=True, assistant_model=draft)[0]
+    assert len(text[0]) == 5 + 16
+
+
+def test_modes_of_torch_change_nothing(llama):
+    prompt = make_prompts([5, 3])
+    with torch.inference_mode():
+        assert_same_call(llama, make_fixed(llama), prompt, do_sample=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert_same_call(llama, make_fixed(llama), prompt, do_sample=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+OBSTACLES = {
+    "nothing is drafted": ({"num_assistant_tokens": 0}, {}),
+    "`assistant_confidence_threshold` is set": ({"assistant_confidence_threshold": 0.1}, {}),
+    "`num_assistant_tokens_schedule` is not constant": ({"num_assistant_tokens_schedule": "heuristic"}, {}),
+    "`draft_window` is set": ({"draft_window": 8}, {}),
+    "hidden states or attentions are wanted": ({}, {"output_hidden_states": True}),
+}
+
+
+@pytest.mark.parametrize("reason", OBSTACLES)
+def test_log_says_once_why_shapes_vary(llama, reason, caplog, monkeypatch, ways):
+    monkeypatch.setattr(runtime, "_reasons_given", set())
+    knobs, settings = OBSTACLES[reason]
+    draft, prompt = make_fixed(llama), make_prompt(6)
+    draft.generation_config.update(**knobs)
+    vars(draft.generation_config).update(knobs)
+    for _ in range(2):
+        assert_same_call(llama, draft, prompt, do_sample=False, **settings)
+    assert [message for message in caplog.messages if "not captured" in message] == [
+        f"Rounds of LlamaForCausalLM are not captured as CUDA graphs: {reason}."
+    ]
+    assert ways == []
+
+
+def test_hooks_autocast_and_targets_without_masks_take_the_other_loop(llama, caplog, monkeypatch, ways):
+    monkeypatch.setattr(runtime, "_reasons_given", set())
+    hook = llama.model.layers[1].register_forward_hook(lambda *arguments: None)
+    try:
+        assert_same_call(llama, make_fixed(llama), make_prompt(6), do_sample=False)
+    finally:
+        hook.remove()
+    with torch.autocast("cpu", torch.bfloat16):
+        call(llama, make_prompt(6), do_sample=False, assistant_model=make_fixed(llama))
+    bloom = TARGETS["bloom"]().eval()
+    assert_same_call(bloom, make_fixed(bloom), make_prompt(6), do_sample=False)
+    reasons = [message.split(": ", 1)[1] for message in caplog.messages if "not captured" in message]
+    assert reasons == [
+        "the target or the draft has hooks, which a graph would not call.",
+        "autocast is on, whose copies of weights end with it.",
+        "the target takes no masks of its own.",
+    ]
+    assert ways == []
+
+
+@pytest.mark.parametrize(("value", "is_taken"), [(None, False), (False, False), (True, True)])
+def test_knob_decides_and_absent_means_cuda(llama, value, is_taken, ways):
+    draft = make_fixed(llama)
+    draft.generation_config.fixed_shapes = value
+    assert_same_call(llama, draft, make_prompt(6), do_sample=False)
+    assert bool(ways) == is_taken
+
+
+@pytest.mark.parametrize("value", ["yes", 1, 0])
+def test_wrong_value_of_the_knob_is_refused_by_name(llama, value):
+    draft = make_draft(llama)
+    draft.generation_config.fixed_shapes = value
+    with pytest.raises(ValueError, match=f"fixed_shapes` must be None, True or False, got {value!r}"):
+        call(llama, make_prompt(4), assistant_model=draft)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind", [{}, {"mla_rope_dim": 4}, {"attention_type": "gqa"}, {"num_hidden_layers": 2}], ids=str
+)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_memory_of_fixed_shape_drafts_the_same_trees(shape, kind):
+    """Rounds with every number of pending rows, for sequences of several lengths, against a cache that grows."""
+    target = TARGETS["llama"]().eval().double()
+    draft = make_draft(target, **kind).double()
+    plan, prompt = TreePlan(*SHAPES[shape][::2], SHAPES[shape][1], None), make_prompts([9, 4, 6])
+    captured = draft.capture_fused_states(target)
+    with captured:
+        target(**prompt)
+    ids = torch.cat([prompt["input_ids"], torch.randint(2, 11, (3, 1))], dim=1)
+    is_token = torch.cat([prompt["attention_mask"], torch.ones(3, 1, dtype=torch.long)], dim=1)
+    states = captured.take()
+    slow, like = (DraftMemory.of_prompt(states, ids, is_token) for _ in range(2))
+    like.read_prompt(draft, target)
+    fixed = FixedMemory(draft, like, 64 + plan.depth * plan.top_k, plan.depth + 1)
+    fixed.load(like)
+    most = plan.depth + 1
+    for num_new in [1, 1, 1], [1, 2, 3], [most, 1, 2], [most, most, most], [2, 4, 1], [1, 1, 1]:
+        trees = [draft_tree(draft, target, memory, plan, LogitsProcessorList(), None) for memory in (slow, fixed)]
+        assert trees[0].token_ids.tolist() == trees[1].token_ids.tolist()
+        assert trees[0].parents.tolist() == trees[1].parents.tolist()
+        assert fixed.num_rows.tolist() == slow.num_rows
+        states = torch.randn(3, most, slow.pending_states.shape[-1], dtype=torch.float64)
+        tokens = torch.randint(2, 11, (3, most))
+        slow.await_rows(states, tokens, num_new)
+        fixed.await_rows(states, tokens, torch.tensor(num_new))
+
+
+def test_moved_slots_hold_what_a_cache_of_the_accepted_path_holds():
+    like, states = DynamicCache(), torch.randn(2, 2, 20, 4)
+    for layer, width in enumerate((4, 4, 2)):
+        like.update(states[..., :5, :width], states[..., :5, :width], layer)
+    cache = FixedCache(like, capacity=16)
+    expected = [(layer.keys.clone(), layer.values.clone()) for layer in like.layers]
+    cache.load(like)
+    begin = torch.tensor([5, 4])
+    cache.write_at(begin[:, None] + torch.arange(6))
+    for layer, width in enumerate((4, 4, 2)):
+        cache.update(states[..., 5:11, :width], -states[..., 5:11, :width], layer)
+    path = torch.tensor([[0, 2, 5], [0, 1, 4]])
+    cache.move(begin[:, None] + path, begin[:, None] + torch.arange(3))
+    for layer, (keys, values) in zip(cache.layers, expected, strict=True):
+        for row, start in enumerate(begin.tolist()):
+            accepted = states[row, :, 5 + path[row], : keys.shape[-1]]
+            assert torch.equal(layer.keys[row, :, : start + 3], torch.cat([keys[row, :, :start], accepted], dim=1))
+            assert torch.equal(
+                layer.values[row, :, : start + 3], torch.cat([values[row, :, :start], -accepted], dim=1)
+            )
+
+
+STOP_LENGTHS = {"alone": [6], "batch": [6, 4]}
+
+
+@pytest.mark.parametrize("eos_token_id", [None, [9]], ids=["no-eos", "eos"])
+@pytest.mark.parametrize("lengths", STOP_LENGTHS.values(), ids=STOP_LENGTHS.keys())
+def test_stop_strings_end_texts_where_they_end_plain_ones(llama, lengths, eos_token_id, ways):
+    model = models.WordLevel({chr(97 + token): token for token in range(11)}, unk_token="a")
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Split("", "isolated"), decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+    prompt = make_prompts(lengths)
+    text = call(llama, prompt, do_sample=True)[0][0]
+    stop = "".join(chr(97 + token) for token in text[11:13])
+    settings = {"stop_strings": [stop], "tokenizer": tokenizer, "do_sample": True, "eos_token_id": eos_token_id}
+    found = assert_same_call(llama, make_fixed(llama), prompt, **settings)
+    assert len(lengths) > 1 or len(found[0]) == 13
+    assert ways == ["device" if len(lengths) == 1 else "host"]
+
+
+@pytest.fixture
+def graphs(monkeypatch) -> list:
+    """The stages that a test captures."""
+    made, new = [], capture.CapturedStage.__init__
+    monkeypatch.setattr(capture.CapturedStage, "__init__", lambda self, *given: made.append(self) or new(self, *given))
+    return made
+
+
+def on_cuda(prompt):
+    return {name: tensor.cuda() for name, tensor in prompt.items()}
+
+
+@pytest.mark.parametrize("setting", ["sample", "greedy-processors"])
+def test_statistics_know_how_much_is_in_the_drafts_cache(llama, setting, monkeypatch):
+    """Neither is a round ahead of the statistics."""
+    record, num_rounds = runtime.record_round, 0
+
+    def watched(stats, shelf, rounds, *others):
+        nonlocal num_rounds
+        record(stats, shelf, rounds, *others)
+        assert stats.draft_cache_tokens == rounds.memory.num_rows.max()
+        num_rounds += 1
+
+    monkeypatch.setattr(runtime, "record_round", watched)
+    call(llama, make_prompts([9, 4], num_padding=2), assistant_model=make_fixed(llama), **SETTINGS[setting])
+    assert num_rounds > 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("setting", CELLS)
+@pytest.mark.parametrize("name", BRANCHING)
+def test_captured_rounds_give_the_plain_text(name, setting, shape, graphs):
+    target, num_accepted = TARGETS[name]().eval().cuda(), 0
+    for seed, prompt in enumerate([make_prompt(9, 2), make_prompts([12, 5, 9])]):
+        draft = set_tree(make_draft(target), *SHAPES[shape]).cuda()
+        assert_same_call(target, draft, on_cuda(prompt), seed, **SETTINGS[setting])
+        num_accepted += sum(draft.speculation_stats.accepted_by_depth)
+    assert num_accepted > 0
+    assert len(graphs) == 8
+
+
+@pytest.mark.gpu
+def test_calls_share_graphs_until_weights_move(graphs):
+    target = TARGETS["llama"]().eval().cuda()
+    draft, prompt, counts = set_tree(make_draft(target), *SHAPES["tree"]).cuda(), on_cuda(make_prompt(9)), []
+
+    def count():
+        assert_same_call(target, draft, prompt, do_sample=False)
+        counts.append(len(graphs))
+
+    for _ in range(2):
+        count()
+    for parameter in draft.parameters():
+        parameter.data = parameter.data.clone()
+    count()
+    for parameter in target.parameters():
+        parameter.data = parameter.data.clone()
+    count()
+    with torch.inference_mode():
+        count()
+    count()
+    assert counts == [4, 4, 8, 12, 16, 16]
+
+
+@pytest.mark.gpu
+def test_adapter_that_is_switched_off_gets_graphs_of_its_own(graphs):
+    peft = pytest.importorskip("peft")
+    target = TARGETS["llama"]().eval()
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(target, config).eval().cuda()
+    draft, prompt = set_tree(make_draft(target), *SHAPES["tree"]).cuda(), on_cuda(make_prompt(9))
+    with_adapter = assert_same_call(target, draft, prompt, do_sample=False)
+    with model.disable_adapter():
+        assert assert_same_call(target, draft, prompt, do_sample=False) != with_adapter
+    assert len(graphs) == 8
+
+
+@pytest.mark.gpu
+def test_model_that_asks_the_device_takes_the_other_loop(caplog, monkeypatch, graphs):
+    monkeypatch.setattr(runtime, "_reasons_given", set())
+    target = TARGETS["llama"]().eval().cuda()
+    mlp = target.model.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = lambda states: forward(states) * (1.0 if states.sum().item() < float("inf") else 0.0)
+    draft, prompt = set_tree(make_draft(target), *SHAPES["tree"]).cuda(), on_cuda(make_prompt(9))
+    for _ in range(2):
+        assert_same_call(target, draft, prompt, do_sample=False)
+    assert sum("not captured" in message for message in caplog.messages) == 1
+    assert draft.speculation_stats.rounds > 0

@@ -144,7 +144,7 @@ def test_hub_repository_loads_each_commit_with_its_own_code(saved_target, saved_
 KNOBS = [("num_assistant_tokens", value) for value in (0, 1, 7, 12)]
 KNOBS += [("assistant_confidence_threshold", value) for value in (None, 0.0, 0.3)]
 KNOBS += [("assistant_tree_top_k", 10), ("assistant_tree_depth", 3), ("num_assistant_tokens_schedule", "heuristic")]
-KNOBS += [("draft_window", 512), ("draft_window_sink", 0)]
+KNOBS += [("draft_window", 512), ("draft_window_sink", 0), ("fixed_shapes", False), ("fixed_shapes", True)]
 
 
 @pytest.mark.parametrize(("knob", "value"), KNOBS, ids=str)
