@@ -339,6 +339,7 @@ class Shelf:
             ends,
             target.dtype,
             is_padded_left,
+            repr(self.compile_config),
             torch.is_inference_mode_enabled(),  # elsewhere, its buffers could not be written
         )
         self.key = *key, fingerprint(target), fingerprint(draft)

@@ -106,8 +106,9 @@ def test_later_turns_are_those_of_plain_generation(name, shape, settings):
     assert num_accepted > 0
 
 
-@pytest.mark.parametrize("is_cut", [False, True], ids=["whole", "new"])
-@pytest.mark.parametrize("wants_scores", [False, True], ids=["device-chooses", "host-chooses"])
+@pytest.mark.parametrize(
+    ("wants_scores", "is_cut"), [(False, True), (True, False)], ids=["device-chooses-new", "host-chooses-whole"]
+)
 @pytest.mark.parametrize("settings", [SETTINGS["greedy"], SETTINGS["sample-eos"]], ids=["greedy", "sample-eos"])
 @pytest.mark.parametrize("lengths", [[1], [14, 5, 3]], ids=["one-token", "B3"])
 @pytest.mark.parametrize("name", ["llama", "gemma3-window-8"])

@@ -464,7 +464,7 @@ def test_memory_of_fixed_shape_drafts_the_same_trees(shape, kind):
     states = captured.take()
     slow, like = (DraftMemory.of_prompt(states, ids, is_token) for _ in range(2))
     like.read_prompt(draft, target)
-    fixed = FixedMemory(draft, like, 64 + plan.depth * plan.top_k, plan.depth + 1)
+    fixed = FixedMemory(draft, like, 64, plan.depth * plan.top_k, plan.depth + 1)
     fixed.load(like)
     most = plan.depth + 1
     for num_new in [1, 1, 1], [1, 2, 3], [most, 1, 2], [most, most, most], [2, 4, 1], [1, 1, 1]:
