@@ -44,6 +44,8 @@ class ChunkLimit:
         config = target.config.get_text_config(decoder=True)
         if (num_keys := getattr(config, "index_topk", None)) is not None:
             return cls(num_keys, f"it chooses `index_topk` ({num_keys}) keys, and not the same of equally good ones")
+        if config.model_type == "git":
+            return cls(0, "one token gets another mask than several")
         if config.model_type in TYPES_WITH_WINDOWS_OF_CACHE and config.sliding_window is not None:
             return cls(config.sliding_window, f"its mask does not know its `sliding_window` ({config.sliding_window})")
         return cls(None)
