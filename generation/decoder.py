@@ -27,7 +27,7 @@ from .memory import DraftMemory
 from .metrics import SpeculationStats
 from .probing import can_branch
 from .ragged import RaggedTexts
-from .rope import ReadingLimits, check_omitted
+from .rope import ReadingLimits, check_omitted, check_reread
 from .runtime import decode_at_fixed_shapes, slots_of, takes_fixed_shapes
 from .sizing import ConstantSize, TreeSizer, sizes_for
 from .support import TreePlan, check_call, draft_window, may_differ_in_length, pad_token, tree_plan
@@ -91,6 +91,7 @@ def generate(
         num_omitted=num_omitted(input_ids, generation_config, model_kwargs),
     )
     check_omitted(target, transcript)
+    check_reread(target, transcript)
     traces = Traces.wanted_by(generation_config)
     stats = draft.speculation_stats = SpeculationStats(times=CallTimes(target.device, draft.device))
     try:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 
 from torch import Tensor
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from .support import TreePlan
 from .transcript import Transcript
@@ -85,6 +85,29 @@ class ReadingLimits:
                 f"({target.config.get_text_config(decoder=True).max_position_embeddings} tokens): there generation is "
                 "plain, without draft tokens."
             )
+
+
+def check_reread(target: PreTrainedModel, transcript: Transcript) -> None:
+    """
+    Refuses targets that drop their cache at a switch and then do not read the whole text, as in old transformers.
+
+    Raises:
+        NotImplementedError: Says up to which length texts can be.
+    """
+    columns = getattr(target.config, "original_max_position_embeddings", None)
+    # The last token is not read.
+    if columns is None or transcript.num_slots > columns or transcript.max_slots - 1 <= columns:
+        return
+    ids = transcript.input_ids.new_zeros(1, columns + 1)
+    inputs = target.prepare_inputs_for_generation(
+        ids, past_key_values=DynamicCache(config=target.config), attention_mask=ids + 1, next_sequence_length=1
+    )
+    if inputs.get("past_key_values") is None and inputs["input_ids"].shape[1] == 1:
+        raise NotImplementedError(
+            f"{type(target).__name__} in this version of transformers forgets the text before its token "
+            f"{columns + 1}, so that texts of at most {columns + 1} tokens can be drafted for, got room for "
+            f"{transcript.max_slots}. Update transformers, or pass a smaller `max_new_tokens`."
+        )
 
 
 def check_omitted(target: PreTrainedModel, transcript: Transcript) -> None:

@@ -166,8 +166,7 @@ def assert_same_generation(target, draft, prompt, seed=0, **settings):
     torch.testing.assert_close(torch.cat(assisted.scores), torch.cat(plain.scores), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(torch.cat(assisted.logits), torch.cat(plain.logits), rtol=1e-4, atol=1e-4)
     assert_same_cache(assisted.past_key_values, plain.past_key_values)
-    # All tokens but the last, except where plain generation itself loses some (Phi-3 behind its switch, on 5.17).
-    assert assisted.past_key_values.get_seq_length() == plain.past_key_values.get_seq_length()
+    assert assisted.past_key_values.get_seq_length() == plain.sequences.shape[1] - 1
     return assisted
 
 

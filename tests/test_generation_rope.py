@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from reference_generation import SHAPE, assert_same_generation, make_draft, make_prompts, run, set_tree
-from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from eagle3_mla.generation import decoder, rope
 from eagle3_mla.generation.rope import ReadingLimits
@@ -99,6 +99,16 @@ def known_text(plain: torch.Tensor):
         yield
 
 
+def forgets_text(target) -> bool:
+    """Whether this transformers' Phi-3 drops its cache at the switch and then reads no more than the newest token."""
+    ids = torch.zeros(1, LIMIT + 1, dtype=torch.long)
+    cache = DynamicCache(config=target.config)
+    inputs = target.prepare_inputs_for_generation(
+        ids, past_key_values=cache, attention_mask=ids + 1, next_sequence_length=1
+    )
+    return inputs.get("past_key_values") is None and inputs["input_ids"].shape[1] == 1
+
+
 # Greedy with chains and sampled with trees, and the two crossings the other way round.
 CELLS = [(text, *cell) for text in TEXTS for cell in [("chain", False), ("tree", True)]]
 CELLS += [(text, *cell) for text in ("crossing", "batch-crossing") for cell in [("chain", True), ("tree", False)]]
@@ -111,6 +121,13 @@ def test_text_is_that_of_plain_generation_on_both_sides_of_the_switch(name, text
     target = TARGETS[name]().eval()
     draft = set_tree(make_draft(target), *SHAPES[shape])
     prompt, settings = make_prompts(lengths, num_padding), {"do_sample": do_sample, "max_new_tokens": num_new}
+    num_columns = prompt["input_ids"].shape[1]
+    if forgets_text(target) and num_columns <= LIMIT < num_columns + num_new - 1:
+        with pytest.raises(
+            NotImplementedError, match="forgets the text before its token 41, so that texts of at most"
+        ):
+            run(target, prompt, assistant_model=draft, **settings)
+        return
     plain, _ = run(target, prompt, **settings)
     with known_text(plain.sequences):
         assert_same_generation(target, draft, prompt, **settings)
@@ -123,6 +140,8 @@ def test_text_is_that_of_plain_generation_on_both_sides_of_the_switch(name, text
 @pytest.mark.parametrize("lengths", [[30], [30, 12]], ids=["one", "batch"])
 def test_traces_have_the_whole_text_where_it_is_read_again(name, lengths):
     target = TARGETS[name]().eval()
+    if forgets_text(target):
+        pytest.skip("this transformers' Phi-3 loses the text")
     target.set_attn_implementation("eager")
     draft, prompt = set_tree(make_draft(target), *SHAPES["tree"]), make_prompts(lengths)
     settings = {"output_hidden_states": True, "output_attentions": True, "do_sample": False, "max_new_tokens": 30}
