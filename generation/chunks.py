@@ -8,17 +8,14 @@ Shapes: B batch, T tokens, V vocabulary.
 """
 
 from dataclasses import dataclass
-from functools import cache
-from logging import getLogger
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from .notices import warn_once
 from .probing import TOLERATED_SHARE, TOLERATED_SHARE_IN_HALF_PRECISION
-
-logger = getLogger(__name__)
 
 # Their windows are in the cache alone: of a chunk, all tokens but the last see more than they would by themselves.
 TYPES_WITH_WINDOWS_OF_CACHE = ("moshi",)
@@ -61,12 +58,6 @@ class ChunkLimit:
                 f"{type(target).__name__} reads several tokens at once as one by one up to {self.num_tokens} tokens "
                 f"only: beyond, {self.reason}. Nothing is drafted there."
             )
-
-
-@cache
-def warn_once(message: str) -> None:
-    """Logs each message once."""
-    logger.warning(message)
 
 
 def check_chunks(target: PreTrainedModel, target_cache: Cache) -> None:

@@ -8,17 +8,14 @@ generation. There Phi-3 also drops its cache and reads the whole text again, wit
 Beyond the length of "dynamic" scaling plain generation reads every token with factors of its own, and so do we.
 """
 
-import logging
 from dataclasses import dataclass
-from functools import cache
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
+from .notices import warn_once
 from .support import TreePlan
 from .transcript import Transcript
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -144,9 +141,3 @@ def least_padding(model_kwargs: dict) -> int:
     """Columns before the first token of the sequence that has least of them."""
     positions = model_kwargs.get("position_ids")
     return 0 if positions is None else positions.shape[-1] - 1 - int(positions[..., -1].max())
-
-
-@cache
-def warn_once(message: str) -> None:
-    """Logs each message once."""
-    logger.warning(message)

@@ -3,7 +3,6 @@
 Everything that `generate()` accepts and that has no exact assisted form is refused here by name, never approximated.
 """
 
-import logging
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -12,17 +11,15 @@ from transformers.generation import logits_process, stopping_criteria
 
 from .chunks import check_chunks
 from .draft_window import DEFAULT_SINK, DraftWindow
+from .notices import warn_once
 from .probing import can_branch
 from .sampling import STATELESS_WARPERS, is_stateless
 from .transcript import Transcript
-
-logger = logging.getLogger(__name__)
 
 # Depth of the trees with which EAGLE-2 and EAGLE-3 are reported: the published code expands 7 times after the first.
 DEFAULT_TREE_DEPTH = 8
 # transformers' own names: fixed, or by what earlier rounds of all calls, or of the same one, accepted.
 SCHEDULES = ("constant", "heuristic", "heuristic_transient")
-_reasons_given: set[str] = set()
 # Processors and criteria of transformers that are functions of one sequence's text: no state, no random numbers, no
 # functions of the user's (`prefix_allowed_tokens_fn` may know which texts it will see).
 PREFIX_PROCESSORS = (
@@ -148,9 +145,8 @@ def may_differ_in_length(target: PreTrainedModel, transcript: Transcript, is_tra
         reason = f"{type(target).__name__} changes its RoPE factors for all sequences at once"
     elif not can_branch(target):
         reason = f"{type(target).__name__} takes no masks for sequences of different lengths"
-    if reason is not None and reason not in _reasons_given:
-        _reasons_given.add(reason)
-        logger.warning("The sequences of the batch accept equally many draft tokens per round: %s.", reason)
+    if reason is not None:
+        warn_once(f"The sequences of the batch accept equally many draft tokens per round: {reason}.")
     return reason is None
 
 

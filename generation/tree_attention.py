@@ -9,10 +9,10 @@ compute it, elsewhere its definition.
 Shapes: B batch, N tree nodes, H query heads, G key-value heads, K slots, d and dv widths of a head's keys and values.
 """
 
-import importlib.util
-
 import torch
 from torch import Tensor
+
+from .latent_attention import has_triton
 
 # Wider heads do not fit into the shared memory of a multiprocessor.
 MAX_HEAD_DIM = 256
@@ -67,7 +67,7 @@ def attend_tree(
 def runs_on_triton(query: Tensor, values: Tensor) -> bool:
     is_narrow = max(query.shape[-1], values.shape[-1]) <= MAX_HEAD_DIM
     is_supported = query.is_cuda and query.dtype != torch.float64 and is_narrow
-    return is_supported and importlib.util.find_spec("triton") is not None
+    return is_supported and has_triton()
 
 
 def attend_tree_by_definition(

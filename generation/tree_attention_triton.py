@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .latent_attention_triton import rows_contiguous
+
 LOG2_E = tl.constexpr(math.log2(math.e))
 # Programs that together keep a device busy, per multiprocessor; more of them cost more partial results.
 PROGRAMS_PER_PROCESSOR = 2
@@ -150,11 +152,6 @@ def choose_num_splits(num_programs: int, num_tiles: int, device: torch.device) -
 def padded_width(width: int) -> int:
     """Ranges in Triton are powers of two, and its matrix products take 16 at least."""
     return max(triton.next_power_of_2(width), 16)
-
-
-def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor itself, or a copy where its last axis is not contiguous."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 @triton.jit

@@ -28,7 +28,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from eagle3_mla.generation import decoder, support
+from eagle3_mla.generation import decoder, notices
 from eagle3_mla.generation.drafting import draft_tree
 from eagle3_mla.generation.memory import DraftMemory
 from eagle3_mla.generation.ragged import RaggedTexts
@@ -120,8 +120,8 @@ def test_custom_processor_and_criterion_see_plain_generations_calls(llama, do_sa
 
 
 @pytest.mark.parametrize("change", ["processor", "criterion", "guidance", "allowed tokens"])
-def test_batch_goes_on_in_step_where_calls_may_be_counted_and_says_why_once(llama, change, modes, monkeypatch, caplog):
-    monkeypatch.setattr(support, "_reasons_given", set())
+def test_batch_goes_on_in_step_where_calls_may_be_counted_and_says_why_once(llama, change, modes, caplog):
+    notices.warn_once.cache_clear()
     settings, reason = {
         "processor": ({"logits_processor": [CountingProcessor()]}, "CountingProcessor"),
         "criterion": ({"stopping_criteria": [StopRowAtToken([3, 4])]}, "StopRowAtToken"),

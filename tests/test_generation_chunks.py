@@ -34,7 +34,7 @@ from transformers import (
     RobertaForCausalLM,
 )
 
-from eagle3_mla.generation import chunks
+from eagle3_mla.generation import chunks, notices
 from eagle3_mla.generation.probing import can_branch
 
 LIMIT = 16
@@ -178,7 +178,7 @@ def test_nothing_is_drafted_beyond_the_length_of_equal_chunks(make_target, lengt
 
 
 def test_log_says_once_where_drafting_stops(caplog):
-    chunks.warn_once.cache_clear()
+    notices.warn_once.cache_clear()
     target = ready(moshi)
     draft = make_draft(target)
     run(target, make_prompts([5]), assistant_model=draft, max_new_tokens=LIMIT - 5)

@@ -8,7 +8,7 @@ import torch
 from reference_generation import SHAPE, assert_same_generation, make_draft, make_prompts, run, set_tree
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from eagle3_mla.generation import decoder, rope
+from eagle3_mla.generation import decoder, notices
 from eagle3_mla.generation.rope import ReadingLimits
 from eagle3_mla.generation.tree import DraftTree
 
@@ -155,7 +155,7 @@ def test_traces_have_the_whole_text_where_it_is_read_again(name, lengths):
 
 
 def test_where_nothing_is_drafted_the_log_says_so_once(caplog):
-    rope.warn_once.cache_clear()
+    notices.warn_once.cache_clear()
     target = TARGETS["llama-dynamic"]().eval()
     draft = make_draft(target)
     for num_new, num_warnings in [(LIMIT - 5, 0), (LIMIT, 1), (LIMIT, 1)]:

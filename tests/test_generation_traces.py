@@ -17,7 +17,7 @@ from reference_generation import (
 )
 from transformers import DynamicCache, GptOssConfig, GptOssForCausalLM
 
-from eagle3_mla.generation import decoder, support
+from eagle3_mla.generation import decoder, notices
 from eagle3_mla.generation.traces import attention_of, state_of
 from eagle3_mla.generation.tree import DraftTree
 from eagle3_mla.generation.verification import TextsInStep
@@ -144,8 +144,8 @@ def test_entries_are_given_only_in_a_returned_dictionary():
     assert target.generate(**prompt, **settings, assistant_model=draft).equal(expected)
 
 
-def test_batch_goes_on_in_step_and_says_why_once(monkeypatch, caplog):
-    monkeypatch.setattr(support, "_reasons_given", set())
+def test_batch_goes_on_in_step_and_says_why_once(caplog):
+    notices.warn_once.cache_clear()
     target = TARGETS["llama"]().eval()
     draft = set_shape(make_draft(target), "chain")
     with caplog.at_level(logging.WARNING):
