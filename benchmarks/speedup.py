@@ -1,14 +1,15 @@
 """Tokens per second of a trained target and its head in the shape of Llama-3.1-8B, against plain compiled generation.
 
 Target and head are twins (twin.py): what they say and accept is what the trained small models do, what a round costs
-is what large ones cost. "Sizes by measurement" is `num_assistant_tokens_schedule="heuristic"`; the warm-up's rounds
-are what it knows in the beginning. Greedy, on the same held-out prompts, all padded on the left to one length, so that plain
-generation with a static cache compiles once. Counted are emitted tokens, end of sequence included, padding not;
-seconds are those of `generate()`, prompt included, after a warm-up. In brackets: the ratio to plain generation, static
-and compiled; the ratio of a row is their mean. In half precision a forward over one token and one over a
-tree round differently, so that texts may part; the last column counts those that did not. The twin's vocabulary is
-small: the rows that say "computed" add the time of reading what a vocabulary of 128256 (head: 32000) adds to `lm_head`
-of target and head, at the measured bandwidth of a copy, to the measured seconds; nothing else in them differs.
+is what large ones cost. "Sizes by measurement" is `num_assistant_tokens_schedule="heuristic"`, which knows in the
+beginning what it has learned in the warm-up. Greedy, on the same held-out prompts, all padded on the left to one
+length, so that plain generation with a static cache compiles once. Counted are emitted tokens, end of sequence
+included, padding not; seconds are those of `generate()`, prompt included, after a warm-up. In brackets: the ratio to
+plain generation, static and compiled; the ratio of a row is their mean. In half precision a forward over one token and
+one over a tree round differently, so that texts may part; the last column counts those that did not. The twin's
+vocabulary is small: the rows that say "computed" add the time of reading what a vocabulary of 128256 (head: 32000)
+adds to `lm_head` of target and head, at the measured bandwidth of a copy, to the measured seconds; nothing else in
+them differs.
 
     python benchmarks/speedup.py --target <target> --draft <head> --prompts <held-out.jsonl>
 """
