@@ -133,6 +133,26 @@ def test_any_sequence_of_sizes_at_fixed_shapes_gives_the_text_of_plain_generatio
     assert num_accepted > 0
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", ["greedy", "sample", "greedy-processors"])
+@pytest.mark.parametrize("name", ["llama", "gemma2-window-8"])
+def test_any_sequence_of_captured_sizes_gives_the_text_of_plain_generation(name, setting, monkeypatch):
+    monkeypatch.setattr(TreeSizer, "choose", lambda sizer: random.choice(list(sizer.sizes)))
+    random.seed(6)
+    target, num_accepted = TARGETS[name]().eval().cuda(), 0
+    for lengths in [9], [9, 3, 12]:
+        draft = at_fixed_shapes(make_draft(target), 3).cuda()
+        prompt = {key: tensor.cuda() for key, tensor in make_prompts(lengths).items()}
+        assert_same_generation(target, draft, prompt, max_new_tokens=200, **SETTINGS[setting])
+        texts = []
+        for assistance in {}, {"assistant_model": draft}, {"assistant_model": draft}:
+            torch.manual_seed(0)
+            texts.append(target.generate(**prompt, max_new_tokens=200, **SETTINGS[setting], **assistance).tolist())
+        assert texts[0] == texts[1] == texts[2]
+        num_accepted += sum(draft.speculation_stats.accepted_by_depth)
+    assert num_accepted > 0
+
+
 def at_fixed_shapes(draft, top_k: int):
     """`draft` with trees of 9 nodes, whose sizes change, at fixed shapes."""
     draft.generation_config.num_assistant_tokens = 9
