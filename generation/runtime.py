@@ -154,17 +154,17 @@ def decode_at_fixed_shapes(
         is_padded_left = is_token is None or bool((is_token.diff(dim=1) >= 0).all() and is_token[:, -2:].all())
         shelf = Shelf(target, draft, plan, transcript, cache, memory, draw, is_padded_left, stats.times.capture)
         num_read, num_nodes = cache.get_seq_length(), tree_size(plan)
-        rounds = shelf.rounds_for(num_read + 2 * num_nodes)
+        rounds = shelf.newest = shelf.rounds_for(num_read + 2 * num_nodes)
         if rounds is None:
             return False
         positions = root_positions(model_kwargs, num_read)
         limit = transcript.max_slots
         rounds.load(cache, memory, is_token, positions, limit, transcript.is_frozen)
-        if device_can_choose(texts):
-            rounds = follow_the_device(shelf, rounds, texts, stats)
-        else:
-            rounds = choose_on_the_host(shelf, rounds, texts, stats)
-        rounds.cache.give_back(cache, transcript.num_slots - 1)
+        try:
+            go_on = follow_the_device if device_can_choose(texts) else choose_on_the_host
+            rounds = go_on(shelf, rounds, texts, stats)
+        finally:  # also after an error: the cache may be the caller's
+            shelf.newest.cache.give_back(cache, transcript.num_kept_slots)
         rounds.memory.give_back(memory)
         return True
     finally:
@@ -330,6 +330,7 @@ class Shelf:
         self.num_rows = [count + 1 for count in memory.num_rows]  # of the draft's cache, after the coming round
         self.num_pads = [cache.get_seq_length() - count for count in self.num_rows]
         self.compile_config, self.stopwatch = compile_config(draft), stopwatch
+        self.newest: FixedRounds | None = None  # where the text has come to
         self.kept = _kept.setdefault(draft, OrderedDict())
         key = (
             plan,
@@ -365,6 +366,7 @@ class Shelf:
         """Rounds for texts of so many slots, which go on where `rounds` have come to."""
         larger = self.rounds_for(num_slots) or self._new(next(size for size in capacities() if size >= num_slots))
         larger.take_over(rounds)
+        self.newest = larger
         return larger
 
     def _captured(self, rounds: FixedRounds) -> FixedRounds | None:

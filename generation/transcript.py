@@ -68,6 +68,11 @@ class Transcript:
         return self.num_omitted + self.input_ids.shape[1]
 
     @property
+    def num_kept_slots(self) -> int:
+        """Slots of the target's cache that hold the text even if the round that goes on now breaks off."""
+        return self.num_omitted + self.num_flushed - 1
+
+    @property
     def max_slots(self) -> int:
         """Slots of the target's cache for as many tokens as the length limit allows."""
         return self.num_omitted + self.stopping_criteria.max_length
@@ -127,12 +132,14 @@ class Transcript:
         **Effects**: the random generator stands, at each of them, where plain generation has it then, so that a
         streamer that raises leaves it there.
         """
-        if self.streamer is None:
-            return
+        if self.streamer is not None:
+            self._stream()
+        self.num_flushed = self.input_ids.shape[1]
+
+    def _stream(self) -> None:
         new_tokens = self.input_ids[:, self.num_flushed :].cpu().unbind(dim=1)
         for tokens, state in zip(new_tokens, self.random_states, strict=True):
             if self.generator is not None:
                 self.generator.set_state(state)
             self.streamer.put(tokens)
-        self.num_flushed = self.input_ids.shape[1]
         self.random_states.clear()
