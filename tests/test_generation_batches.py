@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     StoppingCriteria,
 )
+from transformers.generation import MaxLengthCriteria
 
 from eagle3_mla.generation import decoder, notices
 from eagle3_mla.generation.drafting import draft_tree
@@ -190,6 +191,18 @@ def test_time_limit_stops_all_sequences_at_the_same_token(llama, max_time, modes
     draft, prompt = set_shape(make_draft(llama), "tree"), make_prompts([5, 2, 4])
     assert_same_generation(llama, draft, prompt, do_sample=True, max_time=max_time, eos_token_id=[5])
     assert modes == [RaggedTexts]
+
+
+@pytest.mark.parametrize("lengths", [[5], [5, 2]], ids=str)
+@pytest.mark.parametrize("fixed_shapes", [False, True], ids=["changing", "fixed"])
+def test_the_least_of_several_length_limits_ends_the_text(llama, lengths, fixed_shapes, modes):
+    draft, prompt = set_shape(make_draft(llama), "tree"), make_prompts(lengths)
+    draft.generation_config.fixed_shapes = fixed_shapes
+    for limits in [14, 9], [9, 14]:
+        criteria = [MaxLengthCriteria(limit) for limit in limits]
+        assisted = assert_same_generation(llama, draft, prompt, do_sample=True, stopping_criteria=criteria)
+        assert assisted.sequences.shape[1] == 9
+    assert modes == [RaggedTexts] * 2
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-window-8", "gemma3-window-8", "gpt2"])
