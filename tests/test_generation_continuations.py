@@ -168,8 +168,9 @@ def test_hidden_states_of_a_continuation_are_those_of_plain_generation():
         (8, [5], 5, r"`past_key_values` must hold fewer tokens than `input_ids` \(5\), got 8"),
         (4, [8, 6], 8, r"`past_key_values` must hold as many sequences as `input_ids` \(2\), got 1"),
         (4, [8], 10, r"`attention_mask` must be as long as `input_ids` \(8\) .* `past_key_values` \(12\) .* got 10"),
+        (7, [3], 11, r"\(10\) where they are what is new, got 11. The cache of an earlier call lacks the last token"),
     ],
-    ids=["all", "more", "batch", "mask"],
+    ids=["all", "more", "batch", "mask", "last"],
 )
 def test_cache_that_does_not_fit_is_refused_before_any_forward(num_cached, lengths, mask_length, message):
     target = TARGETS["llama"]().eval()
