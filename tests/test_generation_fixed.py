@@ -603,6 +603,25 @@ def test_call_on_another_stream_waits_until_the_buffers_are_free(monkeypatch):
 
 
 @pytest.mark.gpu
+def test_text_of_another_thread_is_plain_while_rounds_are_captured(monkeypatch):
+    target = TARGETS["llama"]().eval().cuda().bfloat16()
+    draft, prompt = set_tree(make_draft(target), *SHAPES["tree"]).cuda().bfloat16(), on_cuda(make_prompt(9))
+    expected, texts = call(target, prompt, do_sample=False)[0], []
+
+    def captured_meanwhile(*given):
+        thread = threading.Thread(target=lambda: texts.append(call(target, prompt, do_sample=False)[0]))
+        thread.start()
+        thread.join()
+        return verify(*given)
+
+    verify = fixed_rounds.FixedRounds.verify
+    monkeypatch.setattr(fixed_rounds.FixedRounds, "verify", captured_meanwhile)
+    call(target, prompt, do_sample=False, assistant_model=draft)
+    assert len(texts) >= 2
+    assert all(text == expected for text in texts)
+
+
+@pytest.mark.gpu
 def test_adapter_that_is_switched_off_gets_graphs_of_its_own(graphs):
     peft = pytest.importorskip("peft")
     target = TARGETS["llama"]().eval()
