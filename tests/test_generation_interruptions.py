@@ -103,7 +103,7 @@ def test_forward_that_breaks_off_leaves_all_layers_with_the_same_text(fixed_shap
 
 @pytest.mark.parametrize("setting", [{}, {"repetition_penalty": 1.2}], ids=["device", "host"])
 def test_cache_is_given_back_from_buffers_that_have_grown(setting, monkeypatch):
-    monkeypatch.setattr("eagle3_mla.generation.runtime.LEAST_CAPACITY", 16)
+    monkeypatch.setattr("eagle3_mla.generation.shelf.LEAST_CAPACITY", 16)
     target, prompt = TARGETS["llama"]().eval(), make_prompts([3])
     draft = set_tree(make_draft(target), 5, 1)
     draft.generation_config.fixed_shapes = True
