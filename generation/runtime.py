@@ -12,7 +12,7 @@ import time
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .chunks import ChunkLimit
@@ -90,7 +90,8 @@ def why_shapes_vary(
         "the target's windows are to record their past": any(
             getattr(each, "record_past", False) for each in cache.layers
         ),
-        "the target's cache is of a kind of its own": not {type(layer) for layer in cache.layers} <= KNOWN_LAYERS,
+        "the target's cache is of a kind of its own": type(cache) is not DynamicCache
+        or not {type(layer) for layer in cache.layers} <= KNOWN_LAYERS,
         "autocast is on, whose copies of weights end with it": torch.is_autocast_enabled(target.device.type),
         "the target or the draft has hooks, which a graph would not call": has_hooks(target) or has_hooks(draft),
     }

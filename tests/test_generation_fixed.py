@@ -430,6 +430,33 @@ def test_hooks_autocast_and_targets_without_masks_take_the_other_loop(llama, cap
     assert ways == []
 
 
+class ScalingCache(DynamicCache):
+    """Changes what it is given."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return super().update(key_states * 1.5, value_states, *args, **kwargs)
+
+
+def test_caches_with_ways_of_their_own_take_the_other_loop(llama, caplog, monkeypatch, ways):
+    monkeypatch.setattr(runtime, "_reasons_given", set())
+    target, prompt = TARGETS["mistral-window-8"]().eval(), make_prompts([9, 5])
+    recording = [DynamicCache(config=target.config) for _ in range(2)]
+    for cache in recording:
+        cache.activate_past_recording()
+    for model, (plain_cache, cache) in [
+        (llama, [ScalingCache(config=llama.config) for _ in range(2)]),
+        (target, recording),
+    ]:
+        plain, _, state = call(model, prompt, do_sample=True, past_key_values=plain_cache)
+        assisted = call(model, prompt, do_sample=True, past_key_values=cache, assistant_model=make_fixed(model))
+        assert (assisted[0], assisted[2].tolist()) == (plain, state.tolist())
+    assert [message.split(": ", 1)[1] for message in caplog.messages if "not captured" in message] == [
+        "the target's cache is of a kind of its own.",
+        "the target's windows are to record their past.",
+    ]
+    assert ways == []
+
+
 @pytest.mark.parametrize(("value", "is_taken"), [(None, False), (False, False), (True, True)])
 def test_knob_decides_and_absent_means_cuda(llama, value, is_taken, ways):
     draft = make_fixed(llama)
