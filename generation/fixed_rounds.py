@@ -27,7 +27,8 @@ from .compilation import compiled
 from .drafting import draft_tree
 from .fixed_cache import FixedCache
 from .fixed_memory import FixedMemory
-from .fused_target import HALF_PRECISION, TreeInSlots, fused_norms, tree_attention
+from .fused_rope import HALF_PRECISION
+from .fused_target import TreeInSlots, fused_operations, tree_attention
 from .memory import DraftMemory, additive_mask
 from .ragged import MAX_LEAD
 from .sampling import Noise, RowNoise
@@ -124,7 +125,7 @@ class FixedRounds:
         Makes each stage one launch of a CUDA graph, which stands in the place of the method.
 
         Args:
-            fuses (`bool`): Whether the target's attention and norms may be those of `fused_target.py`.
+            fuses (`bool`): Whether the models may run what `fused_target.py` has for them.
             compile_config (`CompileConfig`, *optional*): How to compile both models.
 
         Raises:
@@ -134,7 +135,7 @@ class FixedRounds:
         if compile_config is not None:
             self.listener.thread = None  # a compiler does not know of threads
         with (
-            fused_norms(target) if fuses and compile_config is None else nullcontext(),
+            fused_operations(target, self.draft) if fuses and compile_config is None else nullcontext(),
             compiled(compile_config, target, self.draft),
         ):
             stages = capture(self._stages(), self.lengths.device)
