@@ -1,6 +1,7 @@
 """The small operations of a captured round: kernels against their definitions, and who gets them."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -322,7 +323,7 @@ class TwoInputsMLP(GatedMLP):
 
 def patched_mlp() -> GatedMLP:
     mlp = GatedMLP()
-    mlp.forward = lambda states: states
+    mlp.forward = partial(GatedMLP.forward, mlp)
     return mlp
 
 
@@ -349,7 +350,7 @@ def test_mlp_is_tried_before_it_is_replaced(module, activation):
 def test_modules_that_somebody_has_given_another_forward_keep_it(context, kind):
     target = half_target("llama")
     module = getattr(target.model.layers[1], kind)
-    own = module.forward = lambda states: 2 * states
+    own = module.forward = partial(type(module).forward, module)
     other = getattr(target.model.layers[2], kind)
     with context(target):
         assert module.forward is own
