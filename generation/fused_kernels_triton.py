@@ -253,3 +253,33 @@ def _write_kernel(
         source = value_states_ptr + batch * value_batch + position * value_position + head * value_head
         target = values_ptr + batch * values_batch + slot * values_slot + head * values_head + column * values_column
         tl.store(target, tl.load(source + column * value_column, mask=is_value), mask=is_value)
+
+
+def add_and_normalise(residual: Tensor, states: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `add_and_normalise_by_definition`."""
+    residual, states = residual.contiguous(), states.contiguous()
+    sums, normed = torch.empty_like(residual), torch.empty_like(residual)
+    width = residual.shape[-1]
+    block = triton.next_power_of_2(width)
+    with torch.cuda.device_of(residual):
+        _add_and_normalise_kernel[(residual.numel() // width,)](
+            residual, states, weight, sums, normed, eps, width, BLOCK=block, num_warps=8 if block > 2048 else 4
+        )
+    return sums, normed
+
+
+@triton.jit
+def _add_and_normalise_kernel(
+    residual_ptr, states_ptr, weight_ptr, sums_ptr, normed_ptr, eps, width, BLOCK: tl.constexpr
+):
+    column = tl.arange(0, BLOCK)
+    place = tl.program_id(0).to(tl.int64) * width + column
+    is_column = column < width
+    residual = tl.load(residual_ptr + place, mask=is_column, other=0.0)
+    states = tl.load(states_ptr + place, mask=is_column, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+    sums = (residual.to(tl.float32) + states.to(tl.float32)).to(residual.dtype)
+    tl.store(sums_ptr + place, sums, mask=is_column)
+    sums = sums.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(sums * sums, axis=0) / width + eps)
+    tl.store(normed_ptr + place, sums * scale * weight, mask=is_column)

@@ -2,7 +2,7 @@
 
     attention    to a tree by `tree_attention.py`: no mask of all slots, keys and values are not repeated for every
                  query head, and slots that are not in use cost nothing
-    RMSNorm      one kernel instead of six
+    RMSNorm      one kernel instead of six (`fused_norm.py`), with the sum before it (`fused_residual.py`)
     RoPE         one kernel instead of ten (`fused_rope.py`)
     MLP          the gate in one kernel instead of two (`fused_mlp.py`), the draft's as well
 
@@ -13,17 +13,16 @@ Shapes: B batch, N nodes, H heads, G key-value heads, K slots.
 """
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from .fused_mlp import fused_mlps
-from .fused_rope import HALF_PRECISION, fused_draft_rope, fused_rope
+from .fused_norm import fused_norms
+from .fused_residual import fused_residuals
+from .fused_rope import fused_draft_rope, fused_rope
 from .opaque_ops import tree_attention_op
 
 NAME = "eagle3_mla_tree"
@@ -98,44 +97,11 @@ def tree_attention(target: PreTrainedModel, tree: TreeInSlots) -> Iterator[None]
 @contextmanager
 def fused_operations(target: PreTrainedModel, draft: nn.Module) -> Iterator[None]:
     """While the context is open, what lies between the matrix products of both models takes fewer kernels."""
-    with fused_norms(target), fused_rope(target), fused_draft_rope(draft), fused_mlps(target, draft):
-        yield
-
-
-@contextmanager
-def fused_norms(target: PreTrainedModel) -> Iterator[None]:
-    """While the context is open, each RMSNorm of `target` that is the usual one runs as one kernel."""
-    with ExitStack() as stack:
-        for module in target.modules():
-            if type(module).__name__.endswith("RMSNorm") and is_usual_norm(module):
-                module.forward = partial(fused_norm, module.weight, module.variance_epsilon)
-                stack.callback(delattr, module, "forward")
-        yield
-
-
-def is_usual_norm(module: nn.Module) -> bool:
-    """Whether a norm computes what [`fused_norm`] does, in half precision; tried on random states."""
-    names = dict(module.named_parameters(recurse=False))
-    eps = vars(module).get("variance_epsilon")
-    if (
-        set(names) != {"weight"}
-        or eps is None
-        or module.weight.dtype not in HALF_PRECISION
-        or "forward" in vars(module)
+    with (
+        fused_residuals(target),  # before the others: it tries MLPs and norms as they are
+        fused_norms(target),
+        fused_rope(target),
+        fused_draft_rope(draft),
+        fused_mlps(target, draft),
     ):
-        return False
-    weight = module.weight
-    states = torch.randn(8, weight.shape[0], device=weight.device, dtype=weight.dtype, generator=generator_on(weight))
-    expected = module(states)
-    tolerance = 4 * torch.finfo(weight.dtype).eps
-    return torch.allclose(fused_norm(weight, eps, states), expected, rtol=tolerance, atol=tolerance)
-
-
-def fused_norm(weight: Tensor, eps: float, states: Tensor) -> Tensor:
-    """RMSNorm (arXiv:1910.07467) of `(..., D)`."""
-    return F.rms_norm(states, weight.shape, weight, eps)
-
-
-def generator_on(tensor: Tensor) -> torch.Generator:
-    """A generator of its own: nobody's random numbers are used up."""
-    return torch.Generator(tensor.device).manual_seed(0)
+        yield

@@ -7,13 +7,24 @@ import pytest
 import torch
 from reference_generation import SHAPE, TARGETS, make_draft, make_prompt, make_prompts, set_tree
 from torch import nn
-from transformers import CohereConfig, CohereForCausalLM, GemmaConfig, GemmaForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
 from transformers.models.llama import modeling_llama
 
-from eagle3_mla.generation import fused_mlp, fused_rope, slot_writing
+from eagle3_mla.generation import fused_mlp, fused_residual, fused_rope, slot_writing
 from eagle3_mla.generation.fused_mlp import ACTIVATIONS, activation_of, fused_mlps, gate_by_definition
+from eagle3_mla.generation.fused_norm import fused_norms
+from eagle3_mla.generation.fused_residual import add_and_normalise_by_definition, fused_residuals
 from eagle3_mla.generation.fused_rope import fused_draft_rope, is_usual_rope, rotate_by_definition
-from eagle3_mla.generation.fused_target import fused_norms, fused_operations
+from eagle3_mla.generation.fused_target import fused_operations
 from eagle3_mla.generation.slot_writing import write_by_definition
 
 in_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
@@ -134,6 +145,7 @@ def test_writing_leaves_what_its_definition_leaves_on_a_gpu(shape):
 MORE_TARGETS = {
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**SHAPE)),
     "cohere": lambda: CohereForCausalLM(CohereConfig(**SHAPE)),
+    "granite": lambda: GraniteForCausalLM(GraniteConfig(residual_multiplier=0.5, **SHAPE)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(partial_rotary_factor=0.5, **SHAPE)),
 }
 
@@ -295,6 +307,89 @@ def test_calls_of_another_kind_get_the_original(changes):
     assert taken == []
     apply(**inputs | changes)
     assert taken == ["original"]
+
+
+def compare_sums(shape, dtype: torch.dtype, device: str) -> None:
+    """Sums bit for bit; norms up to one number of the type, as sums of squares have no order."""
+    from eagle3_mla.generation.fused_kernels_triton import add_and_normalise
+
+    residual, states = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    weight = torch.randn(shape[-1], device=device).to(dtype)
+    sums, normed = add_and_normalise(residual, states, weight, 1e-5)
+    expected = add_and_normalise_by_definition(residual, states, weight, 1e-5)
+    assert torch.equal(sums, expected[0])
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(normed.float(), expected[1].float(), rtol=2 * eps, atol=eps * 1e-2)
+
+
+@in_interpreter
+@pytest.mark.parametrize("shape", [(2, 3, 64), (1, 1, 100), (1, 5, 2300)], ids=str)
+def test_sums_and_norms_equal_their_definition_in_the_interpreter(shape):
+    pytest.importorskip("triton")
+    compare_sums(shape, torch.float16, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 61, 4096), (4, 61, 2048), (2, 7, 2880), (1, 1, 8192)], ids=str)
+def test_sums_and_norms_equal_their_definition_on_a_gpu(shape, dtype):
+    compare_sums(shape, dtype, "cuda")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "num_sums"),
+    [
+        ("llama", 7),  # all but the last
+        ("qwen3", 7),
+        ("mistral-window-8", 7),
+        ("granite", 0),  # what is added is scaled
+        ("gemma", 0),
+        ("gemma3-window-8", 0),
+        ("cohere", 0),  # attention and MLP read the same states
+        ("phi3", 0),
+        ("gpt2", 0),
+    ],
+)
+def test_sums_of_usual_layers_are_taken_over_and_others_left_alone(name, num_sums, monkeypatch):
+    counts = []
+
+    def watched(*arguments):
+        counts.append(1)
+        return add_and_normalise_by_definition(*arguments)
+
+    monkeypatch.setattr(fused_residual, "add_and_normalise_by_definition", watched)
+    target, prompt = half_target(name), make_prompts([9, 5])
+    with fused_norms(target):
+        expected = target(**prompt).logits
+    with fused_residuals(target), fused_norms(target):
+        assert torch.equal(target(**prompt).logits, expected)
+        assert len(counts) == num_sums
+    assert not any("forward" in vars(module) for module in target.modules())
+
+
+@torch.no_grad()
+def test_states_that_somebody_changes_between_layers_are_normalised_anew():
+    target, prompt = half_target("llama"), make_prompt(5)
+
+    def change(module, args, kwargs):
+        states = args[0] if args else kwargs["hidden_states"]
+        states.mul_(3)
+
+    target.model.layers[2].register_forward_pre_hook(change, with_kwargs=True)
+    with fused_norms(target):
+        expected = target(**prompt).logits
+    with fused_residuals(target), fused_norms(target):
+        assert torch.equal(target(**prompt).logits, expected)
+
+
+def test_sums_are_right_in_inference_mode():
+    target, prompt = half_target("llama"), make_prompt(5)
+    with torch.inference_mode():
+        with fused_norms(target):
+            expected = target(**prompt).logits
+        with fused_residuals(target), fused_norms(target):
+            assert torch.equal(target(**prompt).logits, expected)
 
 
 class GatedMLP(nn.Module):
