@@ -834,7 +834,9 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
     def embed(self, input_ids: Tensor, target: PreTrainedModel) -> Tensor:
         """Embeddings `(B, T, D)` of target ids `(B, T)`: the target's own, unless the draft carries some."""
         embedding = self.embed_tokens if self.config.owns_embeddings else target.get_input_embeddings()
-        return embedding(input_ids.to(embedding.weight.device)).to(self.fc.weight.device, self.fc.weight.dtype)
+        if not embedding.weight.is_meta:  # else accelerate fetches the weights, and moves the ids to them
+            input_ids = input_ids.to(embedding.weight.device)
+        return embedding(input_ids).to(self.fc.weight.device, self.fc.weight.dtype)
 
     def draft_to_target(self, draft_ids: Tensor) -> Tensor:
         """Target ids of draft ids; `d2t` holds offsets."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from .devices import input_device
 from .notices import warn_once
 from .probing import TOLERATED_SHARE, TOLERATED_SHARE_IN_HALF_PRECISION
 
@@ -101,7 +102,7 @@ def draws_random_numbers(target: PreTrainedModel) -> bool:
     on_gpu = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(on_gpu):
         before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, on_gpu)]
-        tokens = torch.arange(5, device=target.get_input_embeddings().weight.device)
+        tokens = torch.arange(5, device=input_device(target))
         target(input_ids=tokens[None], use_cache=False)
         after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, on_gpu)]
     return not all(map(torch.equal, before, after))
@@ -110,7 +111,7 @@ def draws_random_numbers(target: PreTrainedModel) -> bool:
 @torch.no_grad()
 def _why_not(target: PreTrainedModel) -> str | None:
     """What `target` does instead of reading from left to right into a cache, and the way out; `None`: nothing."""
-    tokens = torch.arange(6, device=target.get_input_embeddings().weight.device)
+    tokens = torch.arange(6, device=input_device(target))
     read = [_read_chunk(target, tokens[:2], chunk) for chunk in (tokens[2:5], tokens[[2, 3, 5]])]
     is_encoder = getattr(target.config, "is_decoder", None) is False
     remedy = "Load it with `is_decoder=True`." if is_encoder else "Pass no `assistant_model`."

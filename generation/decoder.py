@@ -11,6 +11,7 @@ has been chosen but not read.
 Source: EAGLE-3, arXiv:2503.01840.
 """
 
+import time
 from contextlib import ExitStack, nullcontext
 
 import torch
@@ -191,7 +192,8 @@ def decode_round_by_round(
         windows.enter_context(recorded_past(cache))
         windows.enter_context(uneven_windows(cache) if texts.lengths else nullcontext())
         while not transcript.is_finished:
-            plan = limits.fit(sizes.begin_round().at_most(transcript.max_new_tokens - 1), texts.ids)
+            began = time.perf_counter()
+            plan = limits.fit(sizes.choose().at_most(transcript.max_new_tokens - 1), texts.ids)
             plan = plan.at_most(limit.depth(plan.depth, slots_of(texts)))
             tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, texts.noise)
             tree = texts.fit(tree, plan.depth)
@@ -215,7 +217,7 @@ def decode_round_by_round(
             stats.target_calls += 1
             stats.record(verdict.walks, len(tree) - 1, tree.deepest)
             stats.draft_cache_bytes, stats.draft_cache_tokens = memory.num_bytes, memory.cache.get_seq_length()
-            sizes.end_round(plan, verdict.walks)
+            sizes.record(plan, verdict.walks.ranks, time.perf_counter() - began)
             transcript.flush()
     return cache, memory
 

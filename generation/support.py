@@ -65,6 +65,11 @@ class TreePlan:
     top_k: int
     confidence_threshold: float | None
 
+    @property
+    def is_chain(self) -> bool:
+        """Whether no node has two continuations."""
+        return self.top_k == 1 or self.depth == 0
+
     def at_most(self, depth: int) -> "TreePlan":
         """The plan for a text that ends after `depth` further tokens."""
         return replace(self, depth=min(self.depth, depth))
