@@ -15,7 +15,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from .memory import DraftMemory
 from .sampling import Noise, RowNoise, stateless_warpers
 from .support import TreePlan
-from .top_tokens import best_log_probs
+from .top_tokens import best_log_probs, best_scores
 from .tree import DraftTree, build_chain, build_tree
 
 # A draft's q is flatter than the p of any one context, so that it expects noise to turn more choices than it does.
@@ -88,7 +88,7 @@ def draft_tree(
         scores.append((frontier.scores[..., None] + log_probs).flatten(1))
         if depth + 1 == plan.depth or is_unsure(logits, draft_ids, plan.confidence_threshold):
             break
-        chosen_scores, chosen = scores[-1].topk(plan.top_k)
+        chosen_scores, chosen = best_scores(scores[-1], plan.top_k)
         rows = (chosen // plan.top_k)[..., None]  # (B, W, 1)
         sees = frontier.sees.gather(1, rows.expand(-1, -1, frontier.sees.shape[-1]))
         frontier = Frontier(num_before + chosen, chosen_scores, torch.cat([sees, itself], dim=2))

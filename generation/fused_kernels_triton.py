@@ -13,9 +13,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 BLOCK_HEADS = 4
 BLOCK_GATES = 1024
+BLOCK_NORM = 1024
 
 
 def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,6 +49,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
             BLOCK_HALF=triton.next_power_of_2(width // 2),
             BLOCK=BLOCK_HEADS,
             num_warps=2,
+            enable_fp_fusion=False,  # products are rounded before they are added
         )
     return rotated_query, rotated_key
 
@@ -164,15 +167,32 @@ def gate(gates: Tensor, values: Tensor, activation: str) -> Tensor:
 
 
 @triton.jit
+def _exp_in_interpreter(x):
+    return tl.exp(x)
+
+
+@triton.jit
+def _tanh_in_interpreter(x):
+    return 2 / (1 + tl.exp(-2 * x)) - 1
+
+
+# With the bits of PyTorch's; the interpreter does not have them.
+_exp = _exp_in_interpreter if triton.knobs.runtime.interpret else libdevice.exp
+_tanh = _tanh_in_interpreter if triton.knobs.runtime.interpret else libdevice.tanh
+
+
+@triton.jit
 def _gate_kernel(gates_ptr, values_ptr, gated_ptr, num_gates, IS_SILU: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     is_needed = place < num_gates
     gates = tl.load(gates_ptr + place, mask=is_needed, other=0.0)
     value = tl.load(values_ptr + place, mask=is_needed, other=0.0).to(tl.float32)
     x = gates.to(tl.float32)
-    # GELU by tanh: (1 + tanh(u)) / 2 is the logistic function of 2 u, u = sqrt(2 / pi) (x + 0.044715 x^3).
-    exponent = x if IS_SILU else 1.5957691216057308 * (x + 0.044715 * x * x * x)
-    activated = x / (1 + tl.exp(-exponent))
+    if IS_SILU:
+        activated = tl.div_rn(x, 1 + _exp(-x))
+    else:
+        inner = 0.7978845608028654 * (x + 0.044715 * (x * x * x))  # the square root of 2 / pi
+        activated = 0.5 * x * (1 + _tanh(inner))
     tl.store(gated_ptr + place, activated.to(gates.dtype).to(tl.float32) * value, mask=is_needed)
 
 
@@ -255,31 +275,117 @@ def _write_kernel(
         tl.store(target, tl.load(source + column * value_column, mask=is_value), mask=is_value)
 
 
-def add_and_normalise(residual: Tensor, states: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def normalise(states: Tensor, weight: Tensor, eps: float, rounds_first: bool) -> Tensor:
+    """See `normalise_by_definition`."""
+    states = states.contiguous()
+    normed = torch.empty_like(states)
+    _launch_norm(None, states, weight, states, normed, eps, rounds_first)
+    return normed
+
+
+def add_and_normalise(
+    residual: Tensor, states: Tensor, weight: Tensor, eps: float, rounds_first: bool
+) -> tuple[Tensor, Tensor]:
     """See `add_and_normalise_by_definition`."""
     residual, states = residual.contiguous(), states.contiguous()
     sums, normed = torch.empty_like(residual), torch.empty_like(residual)
-    width = residual.shape[-1]
-    block = triton.next_power_of_2(width)
-    with torch.cuda.device_of(residual):
-        _add_and_normalise_kernel[(residual.numel() // width,)](
-            residual, states, weight, sums, normed, eps, width, BLOCK=block, num_warps=8 if block > 2048 else 4
-        )
+    _launch_norm(residual, states, weight, sums, normed, eps, rounds_first)
     return sums, normed
 
 
+def _launch_norm(residual: Tensor | None, states, weight, sums, normed, eps: float, rounds_first: bool) -> None:
+    width = states.shape[-1]
+    num_rows, block = states.numel() // width, triton.next_power_of_2(width)
+    block_rows = max(1, BLOCK_NORM // block)
+    with torch.cuda.device_of(states):
+        _norm_kernel[(triton.cdiv(num_rows, block_rows),)](
+            states if residual is None else residual,
+            states,
+            weight,
+            sums,
+            normed,
+            eps,
+            num_rows,
+            width,
+            HAS_RESIDUAL=residual is not None,
+            ROUNDS_FIRST=rounds_first,
+            BLOCK_ROWS=block_rows,
+            BLOCK=block,
+            num_warps=8 if block > 2048 else 4,
+        )
+
+
 @triton.jit
-def _add_and_normalise_kernel(
-    residual_ptr, states_ptr, weight_ptr, sums_ptr, normed_ptr, eps, width, BLOCK: tl.constexpr
+def _norm_kernel(
+    residual_ptr,
+    states_ptr,
+    weight_ptr,
+    sums_ptr,
+    normed_ptr,
+    eps,
+    num_rows,
+    width,
+    HAS_RESIDUAL: tl.constexpr,
+    ROUNDS_FIRST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    column = tl.arange(0, BLOCK)
-    place = tl.program_id(0).to(tl.int64) * width + column
-    is_column = column < width
-    residual = tl.load(residual_ptr + place, mask=is_column, other=0.0)
-    states = tl.load(states_ptr + place, mask=is_column, other=0.0)
-    weight = tl.load(weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)
-    sums = (residual.to(tl.float32) + states.to(tl.float32)).to(residual.dtype)
-    tl.store(sums_ptr + place, sums, mask=is_column)
-    sums = sums.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(sums * sums, axis=0) / width + eps)
-    tl.store(normed_ptr + place, sums * scale * weight, mask=is_column)
+    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    place, is_needed = row * width + column, (row < num_rows) & (column < width)
+    states = tl.load(states_ptr + place, mask=is_needed, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    if HAS_RESIDUAL:
+        residual = tl.load(residual_ptr + place, mask=is_needed, other=0.0)
+        states = (residual.to(tl.float32) + states.to(tl.float32)).to(states.dtype)
+        tl.store(sums_ptr + place, states, mask=is_needed)
+    wide = states.to(tl.float32)
+    normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=1) / width + eps)[:, None]
+    if ROUNDS_FIRST:
+        normed = normed.to(states.dtype).to(tl.float32)
+    tl.store(normed_ptr + place, normed * weight, mask=is_needed)
+
+
+def cos_sin(positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles at `positions (B, N)`, `(B, N, d)` each; both halves are alike."""
+    half = len(inv_freq)
+    cos = torch.empty(*positions.shape, 2 * half, device=positions.device, dtype=dtype)
+    sin = torch.empty_like(cos)
+    with torch.cuda.device_of(cos):
+        _cos_sin_kernel[positions.shape](
+            positions,
+            inv_freq,
+            cos,
+            sin,
+            scaling,
+            *positions.stride(),
+            HALF=half,
+            BLOCK_HALF=triton.next_power_of_2(half),
+            num_warps=1,
+        )
+    return cos, sin
+
+
+@triton.jit
+def _cos_sin_kernel(
+    positions_ptr,
+    inv_freq_ptr,
+    cos_ptr,
+    sin_ptr,
+    scaling,
+    positions_batch,
+    positions_row,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+):
+    batch, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    position = tl.load(positions_ptr + batch * positions_batch + row * positions_row).to(tl.float32)
+    column = tl.arange(0, BLOCK_HALF)
+    is_column = column < HALF
+    angle = position * tl.load(inv_freq_ptr + column, mask=is_column, other=0.0)
+    place = (batch * tl.num_programs(1) + row) * 2 * HALF + column
+    cos, sin = tl.cos(angle) * scaling, tl.sin(angle) * scaling
+    tl.store(cos_ptr + place, cos, mask=is_column)
+    tl.store(cos_ptr + place + HALF, cos, mask=is_column)
+    tl.store(sin_ptr + place, sin, mask=is_column)
+    tl.store(sin_ptr + place + HALF, sin, mask=is_column)

@@ -1,7 +1,7 @@
 """The residual stream of a target's layers: each sum and the norm behind it in one kernel.
 
     sums = residual + states        rounded, as it goes on
-    normed = RMSNorm(sums)          of the rounded sums, rounded once at the end
+    normed = RMSNorm(sums)          of the rounded sums, as in `fused_norm.py`
 
 That takes another forward of the layer, for the sum after the attention, and the next layer's first norm, for the sum
 after the MLP, which is handed to it with its layer's output. Whether a layer is wired in the usual way (`h = x +
@@ -21,13 +21,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .fused_mlp import activation_of
-from .fused_norm import fused_norm, is_usual_norm
-from .latent_attention import has_triton
+from .fused_norm import UsualNorm, usual_norm
 
 PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 # What a layer hands to its attention.
 HANDED_ON = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
-MAX_WIDTH = 16384
 
 
 @dataclass
@@ -36,11 +34,13 @@ class NormAhead:
     What a norm will be asked for.
 
     Args:
+        norm ([`UsualNorm`]): The norm.
         states (`torch.Tensor`, *optional*): Of which it will be asked.
         version (`int`): How often these have been written to.
         normed (`torch.Tensor`, *optional*): The answer.
     """
 
+    norm: UsualNorm
     states: Tensor | None = None
     version: int = 0
     normed: Tensor | None = None
@@ -48,11 +48,11 @@ class NormAhead:
     def expect(self, states: Tensor, normed: Tensor) -> None:
         self.states, self.version, self.normed = states, states._version, normed
 
-    def answer(self, norm: nn.Module, states: Tensor) -> Tensor:
-        """The forward of `norm`; the answer is given once."""
+    def answer(self, states: Tensor) -> Tensor:
+        """The norm's forward; the answer is given once."""
         is_expected = states is self.states and states._version == self.version
         normed, self.states, self.normed = self.normed, None, None
-        return normed if is_expected else fused_norm(norm.weight, norm.variance_epsilon, states)
+        return normed if is_expected else self.norm(states)
 
 
 @contextmanager
@@ -61,31 +61,32 @@ def fused_residuals(target: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as stack:
         lists = [module for module in target.modules() if isinstance(module, nn.ModuleList)]
         for layers in [layers for layers in lists if len(layers) > 0 and all(map(is_usual_layer, layers))]:
-            following = [(layer.input_layernorm, NormAhead()) for layer in layers[1:]]
-            for layer, ahead in zip(layers, [*following, None], strict=True):
-                layer.forward = partial(run_layer, layer, ahead)
+            middle = [usual_norm(layer.post_attention_layernorm) for layer in layers]
+            following = [NormAhead(usual_norm(layer.input_layernorm)) for layer in layers[1:]]
+            for layer, norm, ahead in zip(layers, middle, [*following, None], strict=True):
+                layer.forward = partial(run_layer, layer, norm, ahead)
                 stack.callback(delattr, layer, "forward")
-            for norm, ahead in following:
-                norm.forward = partial(ahead.answer, norm)
-                stack.callback(delattr, norm, "forward")
+            for layer, ahead in zip(layers[1:], following, strict=True):
+                layer.input_layernorm.forward = ahead.answer
+                stack.callback(delattr, layer.input_layernorm, "forward")
         yield
 
 
-def run_layer(layer: nn.Module, ahead: tuple[nn.Module, NormAhead] | None, hidden_states: Tensor, **kwargs) -> Tensor:
+def run_layer(layer: nn.Module, norm: UsualNorm, ahead: NormAhead | None, hidden_states: Tensor, **kwargs) -> Tensor:
     """
     The forward of a usual layer.
 
     Args:
-        ahead (`tuple`, *optional*): The norm that the output goes through next, and where it looks for the answer.
+        norm ([`UsualNorm`]): The one after the attention.
+        ahead ([`NormAhead`], *optional*): What the output goes through next.
     """
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-    sums, normed = add_and_normalise(hidden_states, attended, layer.post_attention_layernorm)
+    sums, normed = add_and_normalise(hidden_states, attended, norm)
     states = layer.mlp(normed)
     if ahead is None or sums.is_inference():  # such tensors do not tell whether somebody has written to them
         return sums + states
-    norm, told = ahead
-    sums, normed = add_and_normalise(sums, states, norm)
-    told.expect(sums, normed)
+    sums, normed = add_and_normalise(sums, states, ahead.norm)
+    ahead.expect(sums, normed)
     return sums
 
 
@@ -95,8 +96,9 @@ def is_usual_layer(layer: nn.Module) -> bool:
         return False
     if not inspect.signature(layer.forward).parameters.keys() >= {"hidden_states", *HANDED_ON}:
         return False
-    has_usual_norms = is_usual_norm(layer.input_layernorm) and is_usual_norm(layer.post_attention_layernorm)
-    return has_usual_norms and activation_of(layer.mlp) is not None and is_wired_as_usual(layer)
+    if usual_norm(layer.input_layernorm) is None or usual_norm(layer.post_attention_layernorm) is None:
+        return False
+    return activation_of(layer.mlp) is not None and is_wired_as_usual(layer)
 
 
 def is_wired_as_usual(layer: nn.Module) -> bool:
@@ -127,19 +129,17 @@ def is_wired_as_usual(layer: nn.Module) -> bool:
     return is_equal and received == handed_on
 
 
-def add_and_normalise(residual: Tensor, states: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    """The sum `(..., D)` of two tensors, and what a usual norm makes of it."""
+def add_and_normalise(residual: Tensor, states: Tensor, norm: UsualNorm) -> tuple[Tensor, Tensor]:
+    """The sum `(..., D)` of two tensors, and what a norm makes of it."""
     are_alike = residual.dtype == states.dtype and residual.shape == states.shape
-    if not residual.is_cuda or not are_alike or residual.shape[-1] > MAX_WIDTH or not has_triton():
-        return add_and_normalise_by_definition(residual, states, norm.weight, norm.variance_epsilon)
+    if not are_alike or not norm.runs_on_triton(residual):
+        return add_and_normalise_by_definition(residual, states, norm)
     from .fused_kernels_triton import add_and_normalise
 
-    return add_and_normalise(residual, states, norm.weight, norm.variance_epsilon)
+    return add_and_normalise(residual, states, norm.weight, norm.eps, norm.rounds_first)
 
 
-def add_and_normalise_by_definition(
-    residual: Tensor, states: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+def add_and_normalise_by_definition(residual: Tensor, states: Tensor, norm: UsualNorm) -> tuple[Tensor, Tensor]:
     """As [`add_and_normalise`]."""
     sums = residual + states
-    return sums, fused_norm(weight, eps, sums)
+    return sums, norm(sums)

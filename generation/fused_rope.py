@@ -45,9 +45,13 @@ def fused_rope(target: PreTrainedModel) -> Iterator[None]:
 
 @contextmanager
 def fused_draft_rope(draft) -> Iterator[None]:
-    """While the context is open, the draft's rotations are one kernel each, in half precision."""
+    """While the context is open, the draft's angles and its rotations are one kernel each, in half precision."""
     with ExitStack() as stack:
-        attentions = [layer.self_attn for layer in draft.layers] if draft.dtype in HALF_PRECISION else []
+        is_half = draft.dtype in HALF_PRECISION
+        attentions = [layer.self_attn for layer in draft.layers] if is_half else []
+        if is_half:
+            draft.rotary_emb.forward = partial(cos_sin_at, draft.rotary_emb)
+            stack.callback(delattr, draft.rotary_emb, "forward")
         for attention, name in product(attentions, ("ask", "remember")):
             setattr(attention, name, partial(getattr(attention, name), rotate=rotate_alone))
             stack.callback(delattr, attention, name)
@@ -115,6 +119,15 @@ def rotate_heads(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
     from .fused_kernels_triton import rotate
 
     return rotate(query, key, cos, sin)
+
+
+def cos_sin_at(rotary: nn.Module, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines `(B, N, d)` at `position_ids (B, N)` of a draft's `rotary`."""
+    if not position_ids.is_cuda or not has_triton():
+        return type(rotary).forward(rotary, position_ids, dtype)
+    from .fused_kernels_triton import cos_sin
+
+    return cos_sin(position_ids, *rotary.frequencies(position_ids.device), dtype)
 
 
 def rotate_alone(heads: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:

@@ -99,7 +99,7 @@ def fused_operations(target: PreTrainedModel, draft: nn.Module) -> Iterator[None
     """While the context is open, what lies between the matrix products of both models takes fewer kernels."""
     with (
         fused_residuals(target),  # before the others: it tries MLPs and norms as they are
-        fused_norms(target),
+        fused_norms(target, draft),
         fused_rope(target),
         fused_draft_rope(draft),
         fused_mlps(target, draft),

@@ -15,6 +15,7 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The kernels take the best one after the other, and hold those of all parts of the vocabulary at once.
 MOST_BEST = 32
 MOST_SCORES = 2**18
+MOST_AT_ONCE = 1024
 
 
 def best_log_probs(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
@@ -28,6 +29,15 @@ def best_log_probs(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     from .top_tokens_triton import best
 
     return best(scores, top_k)
+
+
+def best_scores(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """As `scores.topk(top_k)`, of a few scores `(..., V)`; of equal ones the kernel takes the first."""
+    if not runs_on_triton(scores, top_k) or scores.shape[-1] > MOST_AT_ONCE:
+        return scores.topk(top_k)
+    from .top_tokens_triton import best_at_once
+
+    return best_at_once(scores, top_k)
 
 
 def runs_on_triton(scores: Tensor, top_k: int) -> bool:

@@ -44,6 +44,26 @@ def best(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return values.view(shape), places.view(shape)
 
 
+def best_at_once(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """See `best_scores`; the scores of a row fit into one program."""
+    rows = scores.reshape(-1, scores.shape[-1])
+    values = rows.new_empty(*scores.shape[:-1], top_k)
+    places = rows.new_empty(*scores.shape[:-1], top_k, dtype=torch.int64)
+    block = triton.next_power_of_2(rows.shape[1])
+    with torch.cuda.device_of(rows):
+        _best_of_row[(len(rows),)](
+            rows,
+            values,
+            places,
+            *rows.stride(),
+            rows.shape[1],
+            TOP_K=top_k,
+            BLOCK=block,
+            num_warps=4 if block > 256 else 1,
+        )
+    return values, places
+
+
 @triton.jit
 def _best_of_part(
     scores_ptr, keys_ptr, sums_ptr, row_stride, score_stride, num_scores, TOP_K: tl.constexpr, BLOCK: tl.constexpr
@@ -51,15 +71,12 @@ def _best_of_part(
     part, row, num_parts = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.num_programs(0)
     place = part * BLOCK + tl.arange(0, BLOCK)
     is_score = place < num_scores
-    address = scores_ptr + row * row_stride + place.to(tl.int64) * score_stride
-    score = tl.load(address, mask=is_score, other=float("-inf")).to(tl.float32)
-    score = tl.where(score == 0, 0.0, score)  # zeros of both signs are equal
+    score = _load_scores(scores_ptr + row * row_stride, place, is_score, score_stride)
     highest = tl.max(score, axis=0)
     shift = tl.where(highest == float("-inf"), 0.0, highest)  # a part may have nothing
     tl.store(sums_ptr + row * num_parts + part, highest)
     tl.store(sums_ptr + (tl.num_programs(1) + row) * num_parts + part, tl.sum(tl.exp(score - shift), axis=0))
-    key = (_ordered(score.to(tl.int32, bitcast=True)).to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
-    key = tl.where(is_score, key, NOTHING)
+    key = tl.where(is_score, _keys(score, place), NOTHING)
     for rank in range(TOP_K):
         best_key = tl.max(key, axis=0)
         tl.store(keys_ptr + (row * num_parts + part) * TOP_K + rank, best_key)
@@ -87,10 +104,52 @@ def _best_of_parts(
     key = tl.load(keys_ptr + row * num_parts * TOP_K + index, mask=index < num_parts * TOP_K, other=NOTHING)
     for rank in range(TOP_K):
         best_key = tl.max(key, axis=0)
-        score = _ordered((best_key >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
-        tl.store(values_ptr + row * TOP_K + rank, score - highest - log_sum)
-        tl.store(places_ptr + row * TOP_K + rank, 0x7FFFFFFF - (best_key & 0x7FFFFFFF))
+        tl.store(values_ptr + row * TOP_K + rank, _score_of(best_key) - highest - log_sum)
+        tl.store(places_ptr + row * TOP_K + rank, _place_of(best_key))
         key = tl.where(key == best_key, NOTHING, key)
+
+
+@triton.jit
+def _best_of_row(
+    scores_ptr,
+    values_ptr,
+    places_ptr,
+    row_stride,
+    score_stride,
+    num_scores,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    is_score = place < num_scores
+    score = _load_scores(scores_ptr + row * row_stride, place, is_score, score_stride)
+    key = tl.where(is_score, _keys(score, place), NOTHING)
+    for rank in range(TOP_K):
+        best_key = tl.max(key, axis=0)
+        tl.store(values_ptr + row * TOP_K + rank, _score_of(best_key))
+        tl.store(places_ptr + row * TOP_K + rank, _place_of(best_key))
+        key = tl.where(key == best_key, NOTHING, key)
+
+
+@triton.jit
+def _load_scores(row_ptr, place, is_score, score_stride):
+    score = tl.load(row_ptr + place.to(tl.int64) * score_stride, mask=is_score, other=float("-inf")).to(tl.float32)
+    return tl.where(score == 0, 0.0, score)  # zeros of both signs are equal
+
+
+@triton.jit
+def _keys(score, place):
+    return (_ordered(score.to(tl.int32, bitcast=True)).to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
+
+
+@triton.jit
+def _score_of(key):
+    return _ordered((key >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _place_of(key):
+    return 0x7FFFFFFF - (key & 0x7FFFFFFF)
 
 
 @triton.jit
