@@ -159,7 +159,8 @@ def num_omitted(input_ids: Tensor, generation_config: GenerationConfig, model_kw
     if num_tokens != num_given:
         raise ValueError(
             f"`attention_mask` must be as long as `input_ids` ({num_given}) where they are the whole text, or as both "
-            f"they and `past_key_values` ({num_given + num_cached}) where they are what is new, got {num_tokens}."
+            f"they and `past_key_values` ({num_given + num_cached}) where they are what is new, got {num_tokens}. The "
+            "cache of an earlier call lacks the last token of its text: what is new begins with that one."
         )
     if num_cached >= num_given:
         raise ValueError(

@@ -110,15 +110,6 @@ class TextBuffers:
         self.cache.take_over(smaller.cache)
         self.memory.take_over(smaller.memory)
 
-    def give_back(self, cache: Cache, memory: DraftMemory, num_tokens: int) -> None:
-        """
-        Fills the caches from which `load` took, the target's with `num_tokens` of each text.
-
-        **Effects**: overwrites what `cache` and `memory` hold.
-        """
-        self.cache.give_back(cache, num_tokens)
-        self.memory.give_back(memory)
-
     def load_noise(self, noise: Noise | RowNoise, depth: int) -> None:
         """Copies the draws of the coming tokens, for trees of this depth."""
         for ahead in range(depth + 1):

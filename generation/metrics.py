@@ -94,6 +94,20 @@ class SpeculationStats:
         named = self.draft_seconds, self.target_seconds, self.choice_seconds, self.capture_seconds
         return self.round_seconds - sum(named)
 
+    def __str__(self) -> str:
+        """What a reader asks first, in three lines; the kinds of work that took no time are left out."""
+        shares = " ".join(f"{share:.2f}" for share in self.acceptance_by_depth) or "none"
+        kinds = ("prefill", "draft", "target", "choice", "capture", "host")
+        seconds = {kind: getattr(self, f"{kind}_seconds") for kind in kinds}
+        return "\n".join(
+            [
+                f"{self.rounds} rounds, acceptance length {self.acceptance_length:.2f}, by depth: {shares}",
+                f"{self.new_tokens} new tokens in {self.target_calls} calls of the target; "
+                f"draft cache: {self.draft_cache_bytes:,} bytes, {self.draft_cache_tokens} positions in use",
+                "seconds: " + ", ".join(f"{kind} {value:.3f}" for kind, value in seconds.items() if value),
+            ]
+        )
+
     def record(self, walks: Walks, num_nodes: int, deepest: int) -> None:
         """
         Adds one round of each sequence that was not finished before it.

@@ -139,11 +139,12 @@ def decode_at_fixed_shapes(
             return False
         positions = root_positions(model_kwargs, num_read)
         shelf.buffers.load(cache, memory, is_token, positions, transcript.max_slots, transcript.is_frozen)
-        if device_can_choose(texts):
-            follow_the_device(shelf, sizes, texts, stats)
-        else:
-            choose_on_the_host(shelf, sizes, texts, stats)
-        shelf.buffers.give_back(cache, memory, transcript.num_slots - 1)
+        try:
+            go_on = follow_the_device if device_can_choose(texts) else choose_on_the_host
+            go_on(shelf, sizes, texts, stats)
+        finally:  # also after an error: the cache may be the caller's
+            shelf.buffers.cache.give_back(cache, transcript.num_kept_slots)
+        shelf.buffers.memory.give_back(memory)
         return True
     finally:
         _in_use.release()

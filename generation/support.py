@@ -108,7 +108,8 @@ def check_call(
         raise NotImplementedError("`inputs_embeds` must be None: an EAGLE-3 draft needs the prompt's `input_ids`.")
     if target.config.is_encoder_decoder:
         raise NotImplementedError("An EAGLE-3 draft assists decoder-only targets, got an encoder-decoder.")
-    if target.training and target.is_gradient_checkpointing:
+    # The property has another name in 5.17, where the new one is absent, than in 5.23, where the old one warns.
+    if target.training and any(getattr(module, "gradient_checkpointing", False) for module in target.modules()):
         raise NotImplementedError(
             "`target` must not be in training mode with gradient checkpointing, which keeps no cache. Call "
             "`target.eval()`."

@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .transcript import Transcript
+
 
 class UnevenWindowLayer(DynamicLayer):
     """
@@ -92,3 +94,19 @@ def forget_unseen(cache: Cache, num_tokens: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, UnevenWindowLayer):
             layer.forget_before(num_tokens)
+
+
+@contextmanager
+def whole_rounds(cache: Cache, transcript: Transcript) -> Iterator[None]:
+    """
+    Takes a round that raises back out of the caller's `cache`: what nobody accepted is not the text.
+
+    **Effects**: then `cache` holds what `transcript` had before the round, its newest token aside.
+    """
+    try:
+        yield
+    except BaseException:
+        for layer in cache.layers:
+            if layer.is_initialized:  # a forward that was interrupted has come to some of them
+                layer.crop(min(transcript.num_kept_slots - layer.get_seq_length(), 0))
+        raise

@@ -27,7 +27,7 @@ from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
 
 VOCAB_SIZE = 11
-MAX_NEW_TOKENS = 30
+MAX_NEW_TOKENS = 20
 SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from pairwise import pairwise
 from reference_generation import SETTINGS, TARGETS, assert_same_generation, make_draft, make_prompts
 
 from eagle3_mla.generation import shelf
@@ -96,11 +97,17 @@ def test_a_smaller_tree_holds_the_preferred_nodes_up_to_its_depth():
     assert num_within([], small) == 0
 
 
-@pytest.mark.parametrize("setting", ["greedy", "sample", "greedy-processors", "sample-eos"])
-@pytest.mark.parametrize("name", ["llama", "gemma2-window-8", "bloom"])
-@pytest.mark.parametrize("lengths", [[9], [9, 3, 12]], ids=["one", "batch"])
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_any_sequence_of_sizes_gives_the_text_of_plain_generation(name, setting, lengths, top_k, monkeypatch):
+@pytest.mark.parametrize(
+    ("setting", "name", "lengths", "top_k"),
+    pairwise(
+        ["greedy", "sample", "greedy-processors", "sample-eos"],
+        ["llama", "gemma2-window-8", "bloom"],
+        [[9], [9, 3, 12]],
+        [1, 3],
+    ),
+    ids=str,
+)
+def test_any_sequence_of_sizes_gives_the_text_of_plain_generation(setting, name, lengths, top_k, monkeypatch):
     monkeypatch.setattr(TreeSizer, "choose", lambda sizer: random.choice(list(sizer.sizes)))
     random.seed(4)
     target = TARGETS[name]().eval()

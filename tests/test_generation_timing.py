@@ -9,6 +9,7 @@ import torch
 from reference_generation import TARGETS, make_draft, make_prompt
 
 from eagle3_mla.generation import timing
+from eagle3_mla.generation.metrics import SpeculationStats
 from eagle3_mla.generation.timing import CallTimes, Stopwatch, time_forwards
 
 
@@ -190,6 +191,25 @@ def test_statistics_name_the_seconds_and_can_be_copied(llama):
     copied = copy.deepcopy(stats)
     assert copied == stats
     assert (copied.draft_seconds, copied.round_seconds) == (stats.draft_seconds, stats.round_seconds)
+
+
+def test_statistics_print_what_a_reader_asks_first(llama, clock):
+    draft = costing(make_draft(llama), clock, 0.5)
+    costing(llama, clock, 8.0)
+    llama.generate(**make_prompt(5), max_new_tokens=9, assistant_model=draft)
+    stats = draft.speculation_stats
+    shares = " ".join(f"{share:.2f}" for share in stats.acceptance_by_depth)
+    assert str(stats).splitlines() == [
+        f"{stats.rounds} rounds, acceptance length {8 / stats.rounds:.2f}, by depth: {shares}",
+        f"9 new tokens in {stats.rounds + 1} calls of the target; "
+        f"draft cache: {stats.draft_cache_bytes:,} bytes, {stats.draft_cache_tokens} positions in use",
+        f"seconds: prefill 8.000, draft {stats.draft_seconds:.3f}, target {8 * stats.rounds}.000",
+    ]
+
+
+def test_statistics_of_a_call_without_rounds_can_be_printed():
+    lines = str(SpeculationStats()).splitlines()
+    assert lines[0] == "0 rounds, acceptance length 0.00, by depth: none"
 
 
 def test_a_call_that_had_no_round_has_no_seconds():

@@ -1,0 +1,102 @@
+"""The benchmark of a chat's second turn: its prompts, what the draft knows in each of its ways, and its table."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+NANO_TARGET = ROOT / "examples" / "nano-target"
+
+
+@pytest.fixture
+def second_turn(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    yield importlib.import_module("second_turn")
+    for name in ("second_turn", "draft_window", "trees", "eagle2", "harness"):
+        sys.modules.pop(name)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(NANO_TARGET)
+
+
+def chat(name: str) -> list[dict]:
+    answer = f"def {name}(x):\n    return x"
+    return [{"role": "user", "content": f"Write `{name}(x)`."}, {"role": "assistant", "content": answer}]
+
+
+ALPHA, BETA = chat("alpha"), chat("beta")
+
+
+@pytest.mark.parametrize("is_ended", [True, False], ids=["ended", "cut"])
+def test_the_second_prompt_is_the_rendered_chat(second_turn, tokenizer, is_ended):
+    """An answer that ended holds the end of its turn, one that was cut does not."""
+    first, last = second_turn.make_chats([ALPHA, BETA], tokenizer, num_chats=2, device="cpu")
+    whole = second_turn.render([*ALPHA, BETA[0]], tokenizer)
+    num_later = first.later[second_turn.OTHER].shape[1]
+    answered = whole[:, : whole.shape[1] - num_later + is_ended]
+    assert tokenizer.decode(answered[0]).endswith(ALPHA[1]["content"] + tokenizer.eos_token * is_ended)
+    assert first.first.tolist() == second_turn.render(ALPHA[:1], tokenizer).tolist()
+    assert first.second(second_turn.OTHER, answered).tolist() == whole.tolist()
+    again = second_turn.render([*ALPHA, ALPHA[0]], tokenizer)
+    assert first.second(second_turn.SAME, answered).tolist() == again.tolist()
+    assert last.second(second_turn.OTHER, answered).tolist() == again.tolist()
+
+
+def test_a_table_says_what_the_draft_knew_and_is_not_measured_twice(second_turn, tmp_path, monkeypatch):
+    names = {source: [chat(f"{source}_{number}") for number in (1, 2)] for source in ("one", "two")}
+    rows = [{"source": source, "messages": messages} for source, chats in names.items() for messages in chats]
+    prompts, output, known = tmp_path / "prompts.jsonl", tmp_path / "table.md", []
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(second_turn, "generate", spy_on_rows(second_turn.generate, known))
+
+    def command(*extra: str) -> None:
+        models = ["--target", str(NANO_TARGET), "--draft", str(ROOT), "--device", "cpu"]
+        paths = ["--prompts", str(prompts), "--output", str(output), "--work-dir", str(tmp_path / "work")]
+        counts = ["--num-samples", "1", "--max-new-tokens", "9"]
+        monkeypatch.setattr(sys, "argv", ["second_turn.py", *models, *paths, *counts, *extra])
+        second_turn.main()
+
+    command("--only", "one")
+    assert not output.exists()
+    command("--only", "two")
+    assert_known_rows(known)
+    monkeypatch.setattr(second_turn, "generate", None)
+    command()
+    header, *table = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in output.read_text().splitlines()
+        if line.startswith("| ")
+    ]
+    assert header[3:] == ["one", "two", "tokens", "equal texts"]
+    assert [row[:2] for row in table] == [
+        [shape, turn] for shape in ("chain of 7", "tree of 16") for turn in second_turn.TURNS
+    ]
+    assert {row[-1] for row in table} == {"2 of 2"}
+
+
+def assert_known_rows(known: list[int]) -> None:
+    """Of each source and shape one text of the first turn, and of each kind of question four, the first turn again."""
+    assert len(known) == 2 * 2 * 9
+    for start in range(0, len(known), 9):
+        first, *second = known[start : start + 9]
+        for again, anew, remembered, forgotten in (second[:4], second[4:]):
+            assert again == first < anew == remembered
+            assert 0 < forgotten < anew - first + 9
+
+
+def spy_on_rows(generate, known: list[int]):
+    """`generate` that notes how many rows the draft holds after every assisted call."""
+
+    def spy(target, input_ids, max_new_tokens, cache=None, draft=None):
+        outputs = generate(target, input_ids, max_new_tokens, cache, draft)
+        if draft is not None:
+            known.append(draft.speculation_stats.draft_cache_tokens)
+        return outputs
+
+    return spy
