@@ -26,7 +26,8 @@ from .choice import limit_walk, report_walk, walk_at_once
 from .compilation import compiled
 from .drafting import draft_tree
 from .fixed_buffers import TextBuffers
-from .fused_target import HALF_PRECISION, TreeInSlots, fused_norms, tree_attention
+from .fused_rope import HALF_PRECISION
+from .fused_target import TreeInSlots, fused_operations, tree_attention
 from .memory import additive_mask
 from .ragged import MAX_LEAD
 from .support import TreePlan
@@ -94,7 +95,7 @@ class FixedRounds:
         Makes each stage one launch of a CUDA graph, which stands in the place of the method.
 
         Args:
-            fuses (`bool`): Whether the target's attention and norms may be those of `fused_target.py`.
+            fuses (`bool`): Whether the models may run what `fused_target.py` has for them.
             compile_config (`CompileConfig`, *optional*): How to compile both models.
 
         Raises:
@@ -104,7 +105,7 @@ class FixedRounds:
         if compile_config is not None:
             self.listener.thread = None  # a compiler does not know of threads
         with (
-            fused_norms(target) if fuses and compile_config is None else nullcontext(),
+            fused_operations(target, self.draft) if fuses and compile_config is None else nullcontext(),
             compiled(compile_config, target, self.draft),
         ):
             stages = capture(self._stages(), self.path.device)
