@@ -275,8 +275,8 @@ def _check_draft(draft) -> None:
     states = torch.zeros(1, 2, 3 * config.target_hidden_size, dtype=dtype, device=device)
     if draws_random_numbers(draft, lambda: draft(inputs_embeds=embeds, aux_hidden_states=states)):
         raise NotImplementedError(
-            "`assistant_model` must not be in training mode with dropout, which takes random numbers from the target's "
-            "tokens. Call `assistant_model.eval()`."
+            "`assistant_model` must not be in training mode with dropout, which takes random numbers from the text. "
+            "Call `assistant_model.eval()`."
         )
 
 
@@ -290,4 +290,10 @@ def _check_cache(generation_config: GenerationConfig, model_kwargs: dict) -> Non
         raise NotImplementedError(
             f"The target's cache must be a DynamicCache for an EAGLE-3 draft, got {type(cache).__name__} "
             f"(`cache_implementation={generation_config.cache_implementation!r}`). Leave `cache_implementation` out."
+        )
+    if cache.offloading:
+        raise NotImplementedError(
+            "The target's cache must not be offloaded for an EAGLE-3 draft, got `offloading=True` "
+            f"(`cache_implementation={generation_config.cache_implementation!r}`): rounds would move rows while they are "
+            "copied. Leave it out."
         )
