@@ -135,8 +135,8 @@ def decode_at_fixed_shapes(
             memory.read_prompt(draft, target)
         draw = texts.noise.peek(0) if transcript.do_sample else None
         is_token = model_kwargs.get("attention_mask")
-        is_padded_left = is_token is None or bool((is_token.diff(dim=1) >= 0).all() and is_token[:, -2:].all())
-        shelf = Shelf(target, draft, plan, transcript, cache, memory, draw, is_padded_left, stats.times.capture)
+        is_left = is_padded_left(is_token)
+        shelf = Shelf(target, draft, plan, transcript, cache, memory, draw, is_left, stats.times.capture)
         sizes = sizes_for(draft, target, plan, len(texts.ids), FIXED_STEP)
         num_read = cache.get_seq_length()
         if not shelf.make_room(num_read + 2 * tree_size(plan)) or shelf.rounds(sizes.choose()) is None:
@@ -165,6 +165,14 @@ def note_use(device: torch.device) -> None:
     """Marks the end of a call on its stream."""
     if device.type == "cuda":
         _last_uses.append(torch.cuda.current_stream(device).record_event())
+
+
+def is_padded_left(mask: Tensor | None) -> bool:
+    """Whether padding, where `mask (B, T)` of any type is 0, stands before the texts and nowhere else."""
+    if mask is None:
+        return True
+    mask = mask.bool().int()  # a difference of booleans is never below 0
+    return bool((mask.diff(dim=1) >= 0).all() and mask[:, -2:].all())
 
 
 def device_can_choose(texts: RaggedTexts | TextsInStep) -> bool:

@@ -201,6 +201,17 @@ def test_cache_that_does_not_fit_is_refused_before_any_forward(num_cached, lengt
     assert cache.get_seq_length() == num_cached
 
 
+def test_offloaded_cache_is_refused_by_name():
+    """Made here by hand: without a GPU transformers makes none."""
+    target = TARGETS["llama"]().eval()
+    cache = DynamicCache(config=target.config)
+    cache.offloading = True
+    with pytest.raises(NotImplementedError, match=r"must not be offloaded .*, got `offloading=True`"):
+        target.generate(
+            **make_prompts([4]), past_key_values=cache, max_new_tokens=3, assistant_model=make_draft(target)
+        )
+
+
 def test_cache_of_another_class_is_refused_by_name():
     target = TARGETS["llama"]().eval()
     cache = StaticCache(config=target.config, max_cache_len=32)

@@ -197,6 +197,15 @@ def test_mask_of_any_form_gives_the_plain_text(llama, mask):
     assert_same_call(llama, make_fixed(llama), prompt, do_sample=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32], ids=str)
+def test_padding_is_on_the_left_whatever_the_type_of_the_mask(dtype):
+    """Kernels that ask for nothing but the first token of a sequence must not be told of another padding."""
+    masks = {(1, 1, 1, 1): True, (0, 0, 1, 1): True, (1, 0, 1, 1): False, (1, 1, 1, 0): False, (0, 0, 0, 0): False}
+    for mask, is_left in masks.items():
+        assert runtime.is_padded_left(torch.tensor([mask], dtype=dtype)) == is_left
+    assert runtime.is_padded_left(None)
+
+
 def test_sequences_without_limit_of_time_end_where_time_ends(llama):
     for settings in {"max_time": 1e6}, {"max_time": -1.0}:
         assert_same_call(llama, make_fixed(llama), make_prompts([5, 3]), do_sample=False, **settings)
