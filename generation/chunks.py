@@ -7,6 +7,7 @@ generation.
 Shapes: B batch, T tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -75,7 +76,7 @@ def check_chunks(target: PreTrainedModel, target_cache: Cache) -> None:
     **Effects**: calls the target, in evaluation mode once for each of its settings.
     """
     name = type(target).__name__
-    if draws_random_numbers(target):
+    if draws_random_numbers(target, lambda: _read_some(target)):
         raise NotImplementedError(
             f"{name} is in training mode and draws random numbers, as for dropout: its text would not be that of "
             "plain generation. Call `target.eval()`."
@@ -94,18 +95,21 @@ def check_chunks(target: PreTrainedModel, target_cache: Cache) -> None:
 
 
 @torch.no_grad()
-def draws_random_numbers(target: PreTrainedModel) -> bool:
-    """Whether a forward of `target` moves a random generator, if any of its modules is in training mode."""
-    if not any(module.training for module in target.modules()):
+def draws_random_numbers(model: PreTrainedModel, forward: Callable[[], object]) -> bool:
+    """Whether a `forward` of `model` moves a random generator, if any of its modules is in training mode."""
+    if not any(module.training for module in model.modules()):
         return False
-    devices = {parameter.device for parameter in target.parameters()}
+    devices = {parameter.device for parameter in model.parameters()}
     on_gpu = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(on_gpu):
         before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, on_gpu)]
-        tokens = torch.arange(5, device=input_device(target))
-        target(input_ids=tokens[None], use_cache=False)
+        forward()
         after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, on_gpu)]
     return not all(map(torch.equal, before, after))
+
+
+def _read_some(target: PreTrainedModel) -> None:
+    target(input_ids=torch.arange(5, device=input_device(target))[None], use_cache=False)
 
 
 @torch.no_grad()

@@ -87,7 +87,7 @@ class FixedRounds:
         self.pad_token_id = counts.new_tensor(ends.pad_token_id if self.freezes else -1)
         self.eos_token_ids = None if ends.eos_token_ids is None else counts.new_tensor(ends.eos_token_ids)
         self.logits = None
-        self.fuses = False
+        self.fuses = self.is_compiled = False
         self.listener = draft.capture_fused_states(target)
 
     def capture(self, fuses: bool, compile_config: CompileConfig | None) -> None:
@@ -101,7 +101,7 @@ class FixedRounds:
         Raises:
             RuntimeError: If a model asks something of the device.
         """
-        self.fuses, target = fuses, self.whose()
+        self.fuses, self.is_compiled, target = fuses, compile_config is not None, self.whose()
         if compile_config is not None:
             self.listener.thread = None  # a compiler does not know of threads
         with (
@@ -164,7 +164,10 @@ class FixedRounds:
         attention, masks = nullcontext(), None
         if self.fuses:
             view = TreeInSlots(buffers.lengths, buffers.first, tree.attends, tree.depths)
-            attention, masks = tree_attention(self.whose(), view), buffers.lengths.new_zeros(1, 1, 1, 1)
+            attention, masks = (
+                tree_attention(self.whose(), view, self.is_compiled),
+                buffers.lengths.new_zeros(1, 1, 1, 1),
+            )
         else:
             masks = self._masks(tree, slots, places)
         with self.listener, attention:

@@ -10,10 +10,10 @@ attention(norm(x))`, `h + mlp(norm(h))`) is tried with stand-ins for its parts, 
 Shapes: D hidden.
 """
 
+import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -28,31 +28,42 @@ PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 HANDED_ON = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
 
 
-@dataclass
 class NormAhead:
     """
     What a norm will be asked for.
 
     Args:
         norm ([`UsualNorm`]): The norm.
-        states (`torch.Tensor`, *optional*): Of which it will be asked.
-        version (`int`): How often these have been written to.
-        normed (`torch.Tensor`, *optional*): The answer.
     """
 
-    norm: UsualNorm
-    states: Tensor | None = None
-    version: int = 0
-    normed: Tensor | None = None
+    def __init__(self, norm: UsualNorm):
+        self.norm = norm
+        # Of which states, how often they have been written to, and the answer; one field, read and written at once,
+        # because other threads may run the target, too.
+        self.expected: tuple[Tensor, int, Tensor] | None = None
 
     def expect(self, states: Tensor, normed: Tensor) -> None:
-        self.states, self.version, self.normed = states, states._version, normed
+        self.expected = states, states._version, normed
 
     def answer(self, states: Tensor) -> Tensor:
         """The norm's forward; the answer is given once."""
-        is_expected = states is self.states and states._version == self.version
-        normed, self.states, self.normed = self.normed, None, None
-        return normed if is_expected else self.norm(states)
+        expected, self.expected = self.expected, None
+        if expected is None or states is not expected[0] or states._version != expected[1]:
+            return self.norm(states)
+        return expected[2]
+
+
+class StandIn(nn.Module):
+    """
+    A function in the place of a part of a layer.
+
+    Args:
+        function (`Callable`): The function.
+    """
+
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.forward = function
 
 
 @contextmanager
@@ -118,12 +129,9 @@ def is_wired_as_usual(layer: nn.Module) -> bool:
         "input_layernorm": first_norm,
         "post_attention_layernorm": torch.atan,
     }
-    with ExitStack() as stack:
-        for name, stand_in in stand_ins.items():
-            part = getattr(layer, name)
-            part.forward = stand_in
-            stack.callback(delattr, part, "forward")
-        found = layer.forward(states, **handed_on)
+    tried = copy.copy(layer)  # the layer itself may be in use by another thread
+    tried._modules = {name: StandIn(function) for name, function in stand_ins.items()}
+    found = type(layer).forward(tried, states, **handed_on)
     sums = states + attend(first_norm(states))[0]
     is_equal = torch.is_tensor(found) and torch.allclose(found, sums + torch.atan(sums).sin(), rtol=1e-6, atol=1e-6)
     return is_equal and received == handed_on

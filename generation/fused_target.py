@@ -12,9 +12,11 @@ is tried on random numbers before; a model that computes something else runs its
 Shapes: B batch, N nodes, H heads, G key-value heads, K slots.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
@@ -48,6 +50,7 @@ class TreeInSlots:
 
 # Of the graph that is being captured: attention functions get nothing but tensors of their layer.
 _trees: list[TreeInSlots] = []
+_threads: list[int] = []
 
 
 def attend_to_tree(
@@ -81,17 +84,38 @@ AttentionInterface.register(NAME, attend_to_tree)
 
 
 @contextmanager
-def tree_attention(target: PreTrainedModel, tree: TreeInSlots) -> Iterator[None]:
-    """While the context is open, `target` attends to the slots by `tree`; masks are not looked at."""
+def tree_attention(target: PreTrainedModel, tree: TreeInSlots, is_compiled: bool) -> Iterator[None]:
+    """
+    While the context is open, `target` attends to the slots by `tree`; masks are not looked at.
+
+    Other threads, which may run the target meanwhile, have its own attention; not so if it `is_compiled`, because a
+    compiler does not know of threads.
+    """
     config = target.config.get_text_config(decoder=True)
-    implementation = config._attn_implementation_internal
-    config._attn_implementation_internal = NAME
+    kind, implementation = type(config), config._attn_implementation_internal
+    if is_compiled:
+        config._attn_implementation_internal = NAME
+    else:
+        config.__class__ = of_one_thread(kind)
     _trees.append(tree)
+    _threads.append(threading.get_ident())
     try:
         yield
     finally:
         _trees.pop()
-        config._attn_implementation_internal = implementation
+        _threads.pop()
+        config.__class__, config._attn_implementation_internal = kind, implementation
+
+
+@cache
+def of_one_thread(kind: type) -> type:
+    """A configuration like `kind` with the attention to trees in the thread that records a graph."""
+
+    def implementation(config) -> str:
+        return NAME if threading.get_ident() in _threads else kind._attn_implementation.fget(config)
+
+    setter = kind._attn_implementation.fset
+    return type(kind.__name__, (kind,), {"_attn_implementation": property(implementation, setter)})
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import time
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .chunks import ChunkLimit
@@ -34,6 +34,8 @@ KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache"
 KNOWN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 _in_use = threading.Lock()
+# When the device is done with the call before: it may have run on another stream.
+_last_uses: list[torch.cuda.Event] = []
 
 
 def takes_fixed_shapes(
@@ -88,7 +90,8 @@ def why_shapes_vary(
         "the target's windows are to record their past": any(
             getattr(each, "record_past", False) for each in cache.layers
         ),
-        "the target's cache is of a kind of its own": not {type(layer) for layer in cache.layers} <= KNOWN_LAYERS,
+        "the target's cache is of a kind of its own": type(cache) is not DynamicCache
+        or not {type(layer) for layer in cache.layers} <= KNOWN_LAYERS,
         "autocast is on, whose copies of weights end with it": torch.is_autocast_enabled(target.device.type),
         "the target or the draft has hooks, which a graph would not call": has_hooks(target) or has_hooks(draft),
     }
@@ -127,12 +130,13 @@ def decode_at_fixed_shapes(
     if not _in_use.acquire(blocking=False):
         return False  # the buffers are another thread's for now
     try:
+        wait_for_last_use(target.device)
         with stats.times.draft:
             memory.read_prompt(draft, target)
         draw = texts.noise.peek(0) if transcript.do_sample else None
         is_token = model_kwargs.get("attention_mask")
-        is_padded_left = is_token is None or bool((is_token.diff(dim=1) >= 0).all() and is_token[:, -2:].all())
-        shelf = Shelf(target, draft, plan, transcript, cache, memory, draw, is_padded_left, stats.times.capture)
+        is_left = is_padded_left(is_token)
+        shelf = Shelf(target, draft, plan, transcript, cache, memory, draw, is_left, stats.times.capture)
         sizes = sizes_for(draft, target, plan, len(texts.ids), FIXED_STEP)
         num_read = cache.get_seq_length()
         if not shelf.make_room(num_read + 2 * tree_size(plan)) or shelf.rounds(sizes.choose()) is None:
@@ -147,7 +151,28 @@ def decode_at_fixed_shapes(
         shelf.buffers.memory.give_back(memory)
         return True
     finally:
+        note_use(target.device)
         _in_use.release()
+
+
+def wait_for_last_use(device: torch.device) -> None:
+    """Lets what comes on this stream begin after the call before, which may have left work on another one."""
+    while _last_uses:
+        torch.cuda.current_stream(device).wait_event(_last_uses.pop())
+
+
+def note_use(device: torch.device) -> None:
+    """Marks the end of a call on its stream."""
+    if device.type == "cuda":
+        _last_uses.append(torch.cuda.current_stream(device).record_event())
+
+
+def is_padded_left(mask: Tensor | None) -> bool:
+    """Whether padding, where `mask (B, T)` of any type is 0, stands before the texts and nowhere else."""
+    if mask is None:
+        return True
+    mask = mask.bool().int()  # a difference of booleans is never below 0
+    return bool((mask.diff(dim=1) >= 0).all() and mask[:, -2:].all())
 
 
 def device_can_choose(texts: RaggedTexts | TextsInStep) -> bool:

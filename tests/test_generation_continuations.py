@@ -47,6 +47,22 @@ def test_returned_cache_goes_on_in_plain_generation_as_a_plain_one(name, lengths
     assert_same_cache(*caches[::-1])
 
 
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_cache_that_records_its_past_keeps_all_of_it(lengths, shape):
+    """Its owner wants to crop it, which its windows allow for as long as they record."""
+    target, prompt = TARGETS["gemma3-window-8"]().eval(), make_prompts(lengths)
+    draft, caches = set_tree(make_draft(target), *shape), []
+    for assistance in {}, {"assistant_model": draft}:
+        cache = DynamicCache(config=target.config)
+        cache.activate_past_recording()
+        run(target, prompt, do_sample=False, past_key_values=cache, **assistance)
+        cache.crop(-3)
+        caches.append(cache)
+    assert_same_cache(*caches[::-1])
+    assert all(layer.record_past for layer in caches[1].layers)
+
+
 def next_turn(prompt, sequences, eos_token_id=None, num_new: int = 6):
     """The text so far and a question of different lengths; what sequences got after their end is padding."""
     batch_size, num_before = prompt["input_ids"].shape
@@ -183,6 +199,17 @@ def test_cache_that_does_not_fit_is_refused_before_any_forward(num_cached, lengt
     with pytest.raises(ValueError, match=message):
         target.generate(**prompt, past_key_values=cache, max_new_tokens=3, assistant_model=make_draft(target))
     assert cache.get_seq_length() == num_cached
+
+
+def test_offloaded_cache_is_refused_by_name():
+    """Made here by hand: without a GPU transformers makes none."""
+    target = TARGETS["llama"]().eval()
+    cache = DynamicCache(config=target.config)
+    cache.offloading = True
+    with pytest.raises(NotImplementedError, match=r"must not be offloaded .*, got `offloading=True`"):
+        target.generate(
+            **make_prompts([4]), past_key_values=cache, max_new_tokens=3, assistant_model=make_draft(target)
+        )
 
 
 def test_cache_of_another_class_is_refused_by_name():

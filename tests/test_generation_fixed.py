@@ -197,6 +197,15 @@ def test_mask_of_any_form_gives_the_plain_text(llama, mask):
     assert_same_call(llama, make_fixed(llama), prompt, do_sample=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32], ids=str)
+def test_padding_is_on_the_left_whatever_the_type_of_the_mask(dtype):
+    """Kernels that ask for nothing but the first token of a sequence must not be told of another padding."""
+    masks = {(1, 1, 1, 1): True, (0, 0, 1, 1): True, (1, 0, 1, 1): False, (1, 1, 1, 0): False, (0, 0, 0, 0): False}
+    for mask, is_left in masks.items():
+        assert runtime.is_padded_left(torch.tensor([mask], dtype=dtype)) == is_left
+    assert runtime.is_padded_left(None)
+
+
 def test_sequences_without_limit_of_time_end_where_time_ends(llama):
     for settings in {"max_time": 1e6}, {"max_time": -1.0}:
         assert_same_call(llama, make_fixed(llama), make_prompts([5, 3]), do_sample=False, **settings)
@@ -430,6 +439,33 @@ def test_hooks_autocast_and_targets_without_masks_take_the_other_loop(llama, cap
     assert ways == []
 
 
+class ScalingCache(DynamicCache):
+    """Changes what it is given."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return super().update(key_states * 1.5, value_states, *args, **kwargs)
+
+
+def test_caches_with_ways_of_their_own_take_the_other_loop(llama, caplog, monkeypatch, ways):
+    monkeypatch.setattr(runtime, "_reasons_given", set())
+    target, prompt = TARGETS["mistral-window-8"]().eval(), make_prompts([9, 5])
+    recording = [DynamicCache(config=target.config) for _ in range(2)]
+    for cache in recording:
+        cache.activate_past_recording()
+    for model, (plain_cache, cache) in [
+        (llama, [ScalingCache(config=llama.config) for _ in range(2)]),
+        (target, recording),
+    ]:
+        plain, _, state = call(model, prompt, do_sample=True, past_key_values=plain_cache)
+        assisted = call(model, prompt, do_sample=True, past_key_values=cache, assistant_model=make_fixed(model))
+        assert (assisted[0], assisted[2].tolist()) == (plain, state.tolist())
+    assert [message.split(": ", 1)[1] for message in caplog.messages if "not captured" in message] == [
+        "the target's cache is of a kind of its own.",
+        "the target's windows are to record their past.",
+    ]
+    assert ways == []
+
+
 @pytest.mark.parametrize(("value", "is_taken"), [(None, False), (False, False), (True, True)])
 def test_knob_decides_and_absent_means_cuda(llama, value, is_taken, ways):
     draft = make_fixed(llama)
@@ -582,6 +618,43 @@ def test_calls_share_graphs_until_weights_move(graphs):
         count()
     count()
     assert counts == [4, 4, 8, 12, 16, 16]
+
+
+@pytest.mark.gpu
+def test_call_on_another_stream_waits_until_the_buffers_are_free(monkeypatch):
+    """A call returns before the device has copied its cache; the next one writes into the same buffers."""
+    target = TARGETS["llama"]().eval().cuda()
+    draft, prompts = set_tree(make_draft(target), *SHAPES["tree"]).cuda(), [on_cuda(make_prompt(9)) for _ in range(2)]
+    expected = [call(target, prompt, do_sample=False)[1] for prompt in prompts]
+    give_back = FixedCache.give_back
+    monkeypatch.setattr(FixedCache, "give_back", lambda *given: torch.cuda._sleep(1_000_000_000) or give_back(*given))
+    call(target, prompts[0], assistant_model=draft, do_sample=False)
+    caches = []
+    for prompt in prompts:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            caches.append(call(target, prompt, assistant_model=draft, do_sample=False)[1])
+    torch.cuda.synchronize()
+    for cache, plain in zip(caches, expected, strict=True):
+        assert_same_cache(cache, plain)
+
+
+@pytest.mark.gpu
+def test_text_of_another_thread_is_plain_while_rounds_are_captured(monkeypatch):
+    target = TARGETS["llama"]().eval().cuda().bfloat16()
+    draft, prompt = set_tree(make_draft(target), *SHAPES["tree"]).cuda().bfloat16(), on_cuda(make_prompt(9))
+    expected, texts = call(target, prompt, do_sample=False)[0], []
+
+    def captured_meanwhile(*given):
+        thread = threading.Thread(target=lambda: texts.append(call(target, prompt, do_sample=False)[0]))
+        thread.start()
+        thread.join()
+        return verify(*given)
+
+    verify = fixed_rounds.FixedRounds.verify
+    monkeypatch.setattr(fixed_rounds.FixedRounds, "verify", captured_meanwhile)
+    call(target, prompt, do_sample=False, assistant_model=draft)
+    assert len(texts) >= 2
+    assert all(text == expected for text in texts)
 
 
 @pytest.mark.gpu

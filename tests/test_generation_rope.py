@@ -165,3 +165,26 @@ def test_rounds_after_a_switch_are_as_large_as_ever():
     assert [limits.room(num_tokens) for num_tokens in (30, 38, 40, 41, 42, 44, 45, 46)] == [10, 2, 0, 0, 2, 0, 0, None]
     limits = ReadingLimits(last=40)
     assert [limits.room(num_tokens) for num_tokens in (30, 40, 41, 42, 100)] == [10, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["llama-dynamic", "llama-longrope", "phi3-longrope", "phi3-default"])
+def test_part_of_a_text_that_may_be_read_again_is_refused_before_any_forward(name):
+    """What is new alone does as long as nothing changes; beyond, `input_ids` must be the whole text."""
+    target, num_cached = TARGETS[name]().eval(), 8
+    draft, text = set_tree(make_draft(target), *SHAPES["tree"]), make_prompts([12])
+    new = text | {"input_ids": text["input_ids"][:, num_cached:]}
+
+    def cache():
+        cached = DynamicCache(config=target.config)
+        target(input_ids=text["input_ids"][:, :num_cached], past_key_values=cached)
+        return cached
+
+    up_to, beyond = ({"max_new_tokens": LIMIT - 12 + more, "do_sample": False} for more in (0, 1))
+    expected = target.generate(**new, past_key_values=cache(), **up_to).tolist()
+    assert target.generate(**new, past_key_values=cache(), assistant_model=draft, **up_to).tolist() == expected
+    given = cache()
+    with pytest.raises(NotImplementedError, match=f"{LIMIT} tokens .* whole text, got .* of {num_cached} more tokens"):
+        target.generate(**new, past_key_values=given, assistant_model=draft, **beyond)
+    assert given.get_seq_length() == num_cached
+    expected = target.generate(**text, past_key_values=cache(), **beyond).tolist()
+    assert target.generate(**text, past_key_values=given, assistant_model=draft, **beyond).tolist() == expected
