@@ -6,7 +6,7 @@ Shapes: B batch, G key-value heads, K slots, N new positions.
 import torch
 from torch import Tensor
 
-from .latent_attention import has_triton
+from .kernels import can_run_kernels
 
 
 def write_to_slots(keys: Tensor, values: Tensor, slots: Tensor, key_states: Tensor, value_states: Tensor) -> None:
@@ -20,7 +20,7 @@ def write_to_slots(keys: Tensor, values: Tensor, slots: Tensor, key_states: Tens
 
     **Effects**: overwrites slots of `keys` and `values`.
     """
-    if not keys.is_cuda or not has_triton():
+    if not keys.is_cuda or not can_run_kernels():
         return write_by_definition(keys, values, slots, key_states, value_states)
     from .fused_kernels_triton import write
 

@@ -9,7 +9,7 @@ Shapes: V tokens.
 import torch
 from torch import Tensor
 
-from .latent_attention import has_triton
+from .kernels import can_run_kernels
 
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The kernels take the best one after the other, and hold those of all parts of the vocabulary at once.
@@ -42,7 +42,7 @@ def best_scores(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 def runs_on_triton(scores: Tensor, top_k: int) -> bool:
     is_supported = scores.is_cuda and scores.dtype in KERNEL_DTYPES and scores.shape[-1] <= MOST_SCORES
-    return is_supported and top_k <= MOST_BEST and has_triton()
+    return is_supported and top_k <= MOST_BEST and can_run_kernels()
 
 
 def best_by_definition(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
