@@ -6,6 +6,9 @@ INSTALLED := $(VENV)/.installed
 # Threads that wait sleep. By default they spin, and where other processes use the cores, that costs more than the work.
 export OMP_WAIT_POLICY ?= passive
 
+# Processes that share the tests out among them; each takes a core and up to 2 GB.
+JOBS ?= 2
+
 .PHONY: install demo test lint clean
 
 install: $(INSTALLED)
@@ -21,7 +24,7 @@ demo: install
 	$(VENV)/bin/python scripts/demo.py
 
 test: install
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -14,6 +14,7 @@ from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
 PLAIN_EAGER, PLAIN_STATIC = "plain-eager", "plain-static"
 LOOKUP, ASSISTED = "prompt-lookup", "assisted"
 OURS_EAGER, OURS_CAPTURED, OURS_COMPILED = "ours-eager", "ours-captured", "ours-compiled"
+OURS_ADAPTIVE = "ours-adaptive"
 WAYS = {
     PLAIN_EAGER: "plain, eager",
     PLAIN_STATIC: "plain, static cache, compiled",
@@ -22,8 +23,9 @@ WAYS = {
     OURS_EAGER: "ours, eager",
     OURS_CAPTURED: "ours, captured",
     OURS_COMPILED: "ours, compiled",
+    OURS_ADAPTIVE: "ours, captured, sizes by measurement",
 }
-OURS = (OURS_EAGER, OURS_CAPTURED, OURS_COMPILED)
+OURS = (OURS_EAGER, OURS_CAPTURED, OURS_COMPILED, OURS_ADAPTIVE)
 COMPILED = (PLAIN_STATIC, OURS_COMPILED)
 # What transformers itself remembers of the largest static cache and the compiled forward of a model.
 REMEMBERED = ("_previous_max_cache_length", "_compiled_call", "_last_compile_config")
@@ -54,6 +56,7 @@ def set_way(draft: Eagle3MLADraftModel, way: str, tree: TreeShape) -> None:
     config = draft.generation_config
     config.num_assistant_tokens = tree.num_nodes
     config.assistant_tree_top_k, config.assistant_tree_depth = tree.top_k, tree.depth
+    config.num_assistant_tokens_schedule = "heuristic" if way == OURS_ADAPTIVE else "constant"
     config.fixed_shapes = way != OURS_EAGER
     config.compile_config = CompileConfig(dynamic=False, mode="default") if way == OURS_COMPILED else None
 

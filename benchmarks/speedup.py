@@ -1,13 +1,15 @@
 """Tokens per second of a trained target and its head in the shape of Llama-3.1-8B, against plain compiled generation.
 
 Target and head are twins (twin.py): what they say and accept is what the trained small models do, what a round costs
-is what large ones cost. Greedy, on the same held-out prompts, all padded on the left to one length, so that plain
-generation with a static cache compiles once. Counted are emitted tokens, end of sequence included, padding not;
-seconds are those of `generate()`, prompt included, after a warm-up. In brackets: the ratio to plain generation, static
-and compiled; the ratio of a row is their mean. In half precision a forward over one token and one over a
-tree round differently, so that texts may part; the last column counts those that did not. The twin's vocabulary is
-small: the rows that say "computed" add the time of reading what a vocabulary of 128256 (head: 32000) adds to `lm_head`
-of target and head, at the measured bandwidth of a copy, to the measured seconds; nothing else in them differs.
+is what large ones cost. "Sizes by measurement" is `num_assistant_tokens_schedule="heuristic"`, which knows in the
+beginning what it has learned in the warm-up. Greedy, on the same held-out prompts, all padded on the left to one
+length, so that plain generation with a static cache compiles once. Counted are emitted tokens, end of sequence
+included, padding not; seconds are those of `generate()`, prompt included, after a warm-up. In brackets: the ratio to
+plain generation, static and compiled; the ratio of a row is their mean. In half precision a forward over one token and
+one over a tree round differently, so that texts may part; the last column counts those that did not. The twin's
+vocabulary is small: the rows that say "computed" add the time of reading what a vocabulary of 128256 (head: 32000)
+adds to `lm_head` of target and head, at the measured bandwidth of a copy, to the measured seconds; nothing else in
+them differs.
 
     python benchmarks/speedup.py --target <target> --draft <head> --prompts <held-out.jsonl>
 """
@@ -27,6 +29,7 @@ from harness import BYTES_PER_GB, copy_bandwidth, wait, write_table
 from pairs import (
     COMPILED,
     OURS,
+    OURS_ADAPTIVE,
     OURS_CAPTURED,
     OURS_COMPILED,
     OURS_EAGER,
@@ -46,7 +49,7 @@ from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
 
 VOCAB_SIZE, DRAFT_VOCAB_SIZE = 128256, 32000
 COMPUTED = "with the `lm_head` of a vocabulary of 128256 (computed)"
-TRIED = (PLAIN_STATIC, OURS_CAPTURED, OURS_COMPILED, OURS_EAGER, PLAIN_EAGER)
+TRIED = (PLAIN_STATIC, OURS_CAPTURED, OURS_ADAPTIVE, OURS_COMPILED, OURS_EAGER, PLAIN_EAGER)
 Texts = list[list[int]]
 
 
@@ -182,15 +185,16 @@ def table_rows(
     way: str, batch_size: int, tallies: Tallies, plain: Tallies | None, extra: tuple[float, float]
 ) -> list[list[str]]:
     """
-    A way's row, and the one with a large vocabulary.
+    A way's row, and the one with a large vocabulary, unless the number of drafting steps follows the texts.
 
     Args:
         plain (`dict[str, Tally]`, *optional*): What ratios refer to; `None` if it is not known.
         extra (`tuple[float, float]`): Seconds that large vocabularies add to a call of the target, here and there.
     """
+    kinds = [("", (0.0, 0.0)), (f", {COMPUTED}", extra)]
     return [
         one_row(f"{WAYS[way]}{suffix}", batch_size, tallies, plain, seconds)
-        for suffix, seconds in [("", (0.0, 0.0)), (f", {COMPUTED}", extra)]
+        for suffix, seconds in (kinds[:1] if way == OURS_ADAPTIVE else kinds)
     ]
 
 
@@ -238,6 +242,8 @@ def load_pair(arguments: argparse.Namespace, tokenizer) -> Pair:
     shape = small_shape(small.config) if arguments.small else TwinShape()
     target = widen_target(small, shape, dtype, device)
     small_draft = Eagle3MLADraftModel.from_pretrained(arguments.draft, dtype=torch.float32).eval()
+    if arguments.random_head:
+        small_draft = Eagle3MLADraftModel(small_draft.config).eval()
     draft = widen_draft(small_draft, target.config, dtype=dtype, device=device)
     tree = TreeShape(arguments.num_nodes, arguments.top_k, arguments.depth)
     return Pair(target, draft, tree, arguments.max_new_tokens, tokenizer.pad_token_id)
@@ -248,7 +254,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--target", required=True, help="the small target, a Llama")
     parser.add_argument("--draft", required=True, help="its head")
     parser.add_argument("--prompts", required=True, type=Path, help="JSONL of held-out conversations")
-    default_ways = [PLAIN_STATIC, OURS_CAPTURED, OURS_COMPILED]
+    default_ways = [PLAIN_STATIC, OURS_CAPTURED, OURS_ADAPTIVE, OURS_COMPILED]
     parser.add_argument("--ways", nargs="+", choices=TRIED, default=default_ways)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--num-samples", type=int, default=2, help="prompts of each source; at least one full batch")
@@ -259,6 +265,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=TreeShape.top_k)
     parser.add_argument("--depth", type=int, default=TreeShape.depth)
     parser.add_argument("--time-limit", type=float, default=200.0, help="seconds after which no further row begins")
+    parser.add_argument("--random-head", action="store_true", help="a head that knows nothing of the target")
     parser.add_argument("--small", action="store_true", help="a small twin in fp32 on the CPU")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speedup.md"))
     return parser.parse_args()
@@ -292,6 +299,7 @@ def main() -> None:
     bandwidth = copy_bandwidth(2**24 if arguments.small else 2**31, str(pair.target.device))
     columns = ["way", "batch", "tokens/s", "ratio", "acceptance length", *prompts, "equal texts"]
     settings = f"Trees of {pair.tree.num_nodes} nodes, top-{pair.tree.top_k}, depth {pair.tree.depth}"
+    settings += ", a head with random weights" if arguments.random_head else ""
     note = (
         f"{__doc__.split('    python')[0].strip()}\n\n{settings}; prompts padded to {arguments.prompt_length} tokens,"
     )

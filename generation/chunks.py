@@ -7,6 +7,7 @@ generation.
 Shapes: B batch, T tokens, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from .devices import input_device
 from .notices import warn_once
 from .probing import TOLERATED_SHARE, TOLERATED_SHARE_IN_HALF_PRECISION
 
@@ -74,7 +76,7 @@ def check_chunks(target: PreTrainedModel, target_cache: Cache) -> None:
     **Effects**: calls the target, in evaluation mode once for each of its settings.
     """
     name = type(target).__name__
-    if draws_random_numbers(target):
+    if draws_random_numbers(target, lambda: _read_some(target)):
         raise NotImplementedError(
             f"{name} is in training mode and draws random numbers, as for dropout: its text would not be that of "
             "plain generation. Call `target.eval()`."
@@ -93,24 +95,27 @@ def check_chunks(target: PreTrainedModel, target_cache: Cache) -> None:
 
 
 @torch.no_grad()
-def draws_random_numbers(target: PreTrainedModel) -> bool:
-    """Whether a forward of `target` moves a random generator, if any of its modules is in training mode."""
-    if not any(module.training for module in target.modules()):
+def draws_random_numbers(model: PreTrainedModel, forward: Callable[[], object]) -> bool:
+    """Whether a `forward` of `model` moves a random generator, if any of its modules is in training mode."""
+    if not any(module.training for module in model.modules()):
         return False
-    devices = {parameter.device for parameter in target.parameters()}
+    devices = {parameter.device for parameter in model.parameters()}
     on_gpu = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(on_gpu):
         before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, on_gpu)]
-        tokens = torch.arange(5, device=target.get_input_embeddings().weight.device)
-        target(input_ids=tokens[None], use_cache=False)
+        forward()
         after = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, on_gpu)]
     return not all(map(torch.equal, before, after))
+
+
+def _read_some(target: PreTrainedModel) -> None:
+    target(input_ids=torch.arange(5, device=input_device(target))[None], use_cache=False)
 
 
 @torch.no_grad()
 def _why_not(target: PreTrainedModel) -> str | None:
     """What `target` does instead of reading from left to right into a cache, and the way out; `None`: nothing."""
-    tokens = torch.arange(6, device=target.get_input_embeddings().weight.device)
+    tokens = torch.arange(6, device=input_device(target))
     read = [_read_chunk(target, tokens[:2], chunk) for chunk in (tokens[2:5], tokens[[2, 3, 5]])]
     is_encoder = getattr(target.config, "is_decoder", None) is False
     remedy = "Load it with `is_decoder=True`." if is_encoder else "Pass no `assistant_model`."

@@ -11,6 +11,7 @@ has been chosen but not read.
 Source: EAGLE-3, arXiv:2503.01840.
 """
 
+import time
 from contextlib import ExitStack, nullcontext
 
 import torch
@@ -36,7 +37,7 @@ from .traces import Traces
 from .transcript import Transcript
 from .tree import DraftTree
 from .verification import TextsInStep, Verdict, read_tree
-from .windows import forget_unseen, recorded_past, uneven_windows
+from .windows import forget_unseen, recorded_past, uneven_windows, whole_rounds
 
 
 @torch.no_grad()
@@ -191,13 +192,21 @@ def decode_round_by_round(
         windows.enter_context(recorded_past(cache))
         windows.enter_context(uneven_windows(cache) if texts.lengths else nullcontext())
         while not transcript.is_finished:
-            plan = limits.fit(sizes.begin_round().at_most(transcript.max_new_tokens - 1), texts.ids)
+            began = time.perf_counter()
+            plan = limits.fit(sizes.choose().at_most(transcript.max_new_tokens - 1), texts.ids)
             plan = plan.at_most(limit.depth(plan.depth, slots_of(texts)))
             tree = draft_tree(draft, target, memory, plan, transcript.logits_processor, texts.noise)
             tree = texts.fit(tree, plan.depth)
-            with captured:
-                outputs, logits = read_tree(target, tree, texts.ids, model_kwargs, texts.lengths, transcript.max_slots)
-            verdict = texts.accept(tree, logits)
+            with whole_rounds(cache, transcript):
+                with captured:
+                    outputs, logits = read_tree(
+                        target, tree, texts.ids, model_kwargs, texts.lengths, transcript.max_slots
+                    )
+                verdict = texts.accept(tree, logits)
+                stats.target_calls += 1
+                stats.record(verdict.walks, len(tree) - 1, tree.deepest)
+                stats.draft_cache_bytes, stats.draft_cache_tokens = memory.num_bytes, memory.cache.get_seq_length()
+                transcript.flush()
             if outputs.past_key_values is cache:
                 traces.add_path(target, outputs, verdict.path)
                 model_kwargs = keep(target, tree, verdict, outputs, model_kwargs)
@@ -211,12 +220,7 @@ def decode_round_by_round(
                 windows.enter_context(recorded_past(cache))
                 memory = DraftMemory.of_prompt(captured.take(), texts.ids, mask, draft_window(draft))
             del outputs, logits
-
-            stats.target_calls += 1
-            stats.record(verdict.walks, len(tree) - 1, tree.deepest)
-            stats.draft_cache_bytes, stats.draft_cache_tokens = memory.num_bytes, memory.cache.get_seq_length()
-            sizes.end_round(plan, verdict.walks)
-            transcript.flush()
+            sizes.record(plan, verdict.walks.ranks, time.perf_counter() - began)
     return cache, memory
 
 

@@ -4,7 +4,7 @@ How many rows a sequence has, and how many are pending, only the device knows. P
 sequence's own stand others that mean nothing, and whatever they leave in the cache is overwritten or never seen. A row
 stands in the slot of its RoPE position.
 
-Shapes: B batch, M pending rows, W nodes of one depth, K slots, D hidden.
+Shapes: B batch, M pending rows, P nodes of a path, W nodes of one depth, K slots, D hidden.
 """
 
 from dataclasses import dataclass
@@ -111,10 +111,15 @@ class FixedMemory:
         self.pending_states.zero_()
         self.pending_tokens[:, :1], self.pending_states[:, :1] = memory.pending_tokens, memory.pending_states
 
+    @property
+    def moving(self) -> list[Tensor]:
+        """What differs from round to round, the cache aside."""
+        return [self.num_rows, self.num_pending, self.pending_tokens, self.pending_states]
+
     def take_over(self, smaller: "FixedMemory") -> None:
         """Goes on where one of a smaller capacity has come to."""
-        for name in ("num_rows", "num_pending", "pending_tokens", "pending_states"):
-            getattr(self, name).copy_(getattr(smaller, name))
+        for own, other in zip(self.moving, smaller.moving, strict=True):
+            own.copy_(other)
         self.first_slot = smaller.first_slot
         self.cache.take_over(smaller.cache)
 
@@ -138,12 +143,12 @@ class FixedMemory:
         Makes accepted rows the pending ones.
 
         Args:
-            states (`torch.Tensor` of shape `(B, M, D)`): The target's, fused.
-            tokens (`torch.LongTensor` of shape `(B, M)`): For each of them the token that follows.
+            states (`torch.Tensor` of shape `(B, P, D)`): The target's, fused, of at most M nodes.
+            tokens (`torch.LongTensor` of shape `(B, P)`): For each of them the token that follows.
             num_new (`torch.LongTensor` of shape `(B,)`): How many of a sequence's rows are meant, at least one.
         """
-        self.pending_states.copy_(states)
-        self.pending_tokens.copy_(tokens)
+        num_rows = tokens.shape[1]
+        self.pending_states[:, :num_rows], self.pending_tokens[:, :num_rows] = states, tokens
         self.num_pending.copy_(num_new)
 
     def read(self, draft, target: PreTrainedModel) -> RootRows:

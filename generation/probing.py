@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .branching import branching_inputs
+from .devices import input_device
 from .tree import DraftTree
 from .windows import uneven_windows
 
@@ -71,10 +72,9 @@ def _why_not(target: PreTrainedModel) -> str | None:
 
 def _compare(target: PreTrainedModel) -> tuple[float, float]:
     """How far the logits of trees are from those of their paths, and how far those of a causal mask would be."""
-    embeddings = target.get_input_embeddings().weight
-    generator = torch.Generator().manual_seed(0)
+    num_ids, generator = len(target.get_input_embeddings().weight), torch.Generator().manual_seed(0)
     shape = len(PARENTS), NUM_COLUMNS + len(PARENTS[0])
-    token_ids = torch.randint(min(NUM_IDS, len(embeddings)), shape, generator=generator).to(embeddings.device)
+    token_ids = torch.randint(min(NUM_IDS, num_ids), shape, generator=generator).to(input_device(target))
     prompts, nodes = token_ids[:, :NUM_COLUMNS], token_ids[:, NUM_COLUMNS:]
     tree = DraftTree(nodes, torch.tensor(PARENTS, device=nodes.device))
     # As in plain generation the texts end together; what they hold beyond stands before them, as padding.

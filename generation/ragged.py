@@ -137,7 +137,7 @@ class RaggedTexts:
         counts = [count + row[0] for count, row in zip(self.num_tokens, rows, strict=True)]
         has_ended = [old is not None or row[1] for old, row in zip(self.ended_at, rows, strict=True)]
         is_last = all(has_ended) if self.transcript.freezes else any(has_ended)
-        return self.knows_the_end and not is_last and min(counts) < self.transcript.stopping_criteria.max_length
+        return self.knows_the_end and not is_last and min(counts) < self.transcript.max_length
 
     def move_to(self, device: torch.device | str) -> None:
         """
@@ -162,7 +162,7 @@ class RaggedTexts:
 
     def _room(self) -> list[int]:
         """How many tokens each sequence may still get."""
-        limit = self.transcript.stopping_criteria.max_length
+        limit = self.transcript.max_length
         if self.transcript.do_sample:
             limit = min(limit, min(self.num_tokens) + MAX_LEAD)
         return [limit - count for count in self.num_tokens]
@@ -197,7 +197,7 @@ class RaggedTexts:
             transcript.commit(self.ids[:, :length], self.scores.at(place), self.logits.at(place))
             if self.knows_the_end:
                 is_last = all(end is not None and end <= length for end in self.ended_at)
-                transcript.is_finished = is_last or length >= transcript.stopping_criteria.max_length
+                transcript.is_finished = is_last or length >= transcript.max_length
             else:
                 transcript.is_finished = bool(transcript.is_done.all())
             if transcript.is_finished:

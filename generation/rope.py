@@ -69,14 +69,14 @@ class ReadingLimits:
 
     def are_reached(self, transcript: Transcript) -> bool:
         """Whether one of the limits lies in what may still be read."""
-        num_tokens, max_length = transcript.input_ids.shape[1], transcript.stopping_criteria.max_length
+        num_tokens, max_length = transcript.input_ids.shape[1], transcript.max_length
         if self.last is not None and max_length > self.last:
             return True
         return any(num_tokens <= length + 1 and max_length > length for length in self.switches)
 
     def warn(self, target: PreTrainedModel, transcript: Transcript) -> None:
         """Says once, for each target, where nothing is drafted, if the text may become so long."""
-        if self.last is not None and transcript.stopping_criteria.max_length > self.last:
+        if self.last is not None and transcript.max_length > self.last:
             warn_once(
                 f"{type(target).__name__} has other RoPE factors for every length beyond `max_position_embeddings` "
                 f"({target.config.get_text_config(decoder=True).max_position_embeddings} tokens): there generation is "

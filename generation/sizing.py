@@ -9,7 +9,6 @@ nothing.
 The text does not depend on any of this: every token is the target's own choice.
 """
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,6 @@ from weakref import WeakKeyDictionary
 from transformers import PreTrainedModel
 
 from .support import TreePlan, schedule
-from .verification import Walks
 
 # Rounds of each size before sizes are compared: the first of a new shape may be slow.
 FIRST_ROUNDS = 2
@@ -27,20 +25,23 @@ FIRST_ROUNDS = 2
 DECAY = 0.98
 # Rounds after which the full size is tried again: at first, and at most.
 FIRST_PATIENCE, LONGEST_PATIENCE = 32, 1024
+# Each size has how many times the nodes of the next smaller one. At fixed shapes every size has graphs of its own, and
+# a few nodes more cost next to nothing there.
+STEP, FIXED_STEP = 2, 4
 
 
-def ladder(full: TreePlan) -> list[TreePlan]:
+def ladder(full: TreePlan, step: int = STEP) -> list[TreePlan]:
     """
-    The sizes that are compared, from `full` down to no drafting at all, each with half as many nodes.
+    The sizes that are compared, from `full` down to no drafting at all, each with a `step`th of the nodes.
 
     A tree of few nodes is not deep: with the best continuation of every node alone, n nodes reach depth n, and where
     there are several, their logarithm.
     """
-    sizes, num_nodes = [full], full.num_nodes // 2
+    sizes, num_nodes = [full], full.num_nodes // step
     while num_nodes > 0:
         deepest = num_nodes if full.top_k == 1 else num_nodes.bit_length() + 1
         sizes.append(replace(full, num_nodes=num_nodes, depth=min(full.depth, deepest, num_nodes)))
-        num_nodes //= 2
+        num_nodes //= step
     return [*sizes, replace(full, num_nodes=0, depth=0)]
 
 
@@ -69,25 +70,15 @@ class TreeSizer:
 
     Args:
         full ([`TreePlan`]): The largest size.
+        step (`int`): See [`ladder`].
     """
 
-    def __init__(self, full: TreePlan):
+    def __init__(self, full: TreePlan, step: int = STEP):
         self.full = full
-        self.sizes = {size: Experience() for size in ladder(full)}
+        self.sizes = {size: Experience() for size in ladder(full, step)}
         self.last: TreePlan | None = None
         self.patience = FIRST_PATIENCE
         self.num_rounds_since_full = 0
-        self.began = 0.0
-
-    def begin_round(self) -> TreePlan:
-        """The size of the round that begins now."""
-        self.began = time.perf_counter()
-        return self.choose()
-
-    def end_round(self, size: TreePlan, walks: Walks) -> None:
-        """Learns from the round, unless the end of the text made it smaller than any of the sizes."""
-        if size in self.sizes and walks.ranks:
-            self.record(size, walks.ranks, time.perf_counter() - self.began)
 
     def choose(self) -> TreePlan:
         """The size for which most tokens per second are expected, or one of which too little is known."""
@@ -98,14 +89,16 @@ class TreeSizer:
 
     def record(self, size: TreePlan, accepted_ranks: Sequence[Sequence[int]], seconds: float) -> None:
         """
-        Adds one round.
+        Adds one round, unless the end of the text made it smaller than any of the sizes.
 
         Args:
-            size ([`TreePlan`]): What `choose` gave.
+            size ([`TreePlan`]): What `choose` gave, or less.
             accepted_ranks (`list[list[int]]`): For each sequence the accepted nodes from the root on, without it; each
                 as the number of nodes in its tree that were preferred to it.
             seconds (`float`): Duration of the round.
         """
+        if size not in self.sizes or not accepted_ranks:
+            return
         for smaller, known in self.sizes.items():
             if smaller.num_nodes <= size.num_nodes:
                 tokens = [num_within(ranks, smaller) + 1 for ranks in accepted_ranks]
@@ -153,25 +146,27 @@ class ConstantSize:
     def __init__(self, size: TreePlan):
         self.size = size
 
-    def begin_round(self) -> TreePlan:
-        """The size of the round that begins now."""
+    def choose(self) -> TreePlan:
+        """The size of the next round."""
         return self.size
 
-    def end_round(self, size: TreePlan, walks: Walks) -> None:
+    def record(self, size: TreePlan, accepted_ranks: Sequence[Sequence[int]], seconds: float) -> None:
         """Nothing is to be learned."""
 
 
 _sizers: WeakKeyDictionary[PreTrainedModel, WeakKeyDictionary] = WeakKeyDictionary()
 
 
-def sizes_for(draft, target: PreTrainedModel, full: TreePlan, batch_size: int) -> TreeSizer | ConstantSize:
+def sizes_for(
+    draft, target: PreTrainedModel, full: TreePlan, batch_size: int, step: int = STEP
+) -> TreeSizer | ConstantSize:
     """
     Who chooses the sizes of a call, by `draft.generation_config.num_assistant_tokens_schedule`.
 
     Args:
         draft ([`Eagle3MLADraftModel`]), target (`PreTrainedModel`): The pair about which something is learned.
         full ([`TreePlan`]): The largest size.
-        batch_size (`int`): Learned for each, too.
+        batch_size (`int`), step (`int`): Learned for each, too; for the latter see [`ladder`].
 
     Returns:
         With `"heuristic"` the [`TreeSizer`] of earlier such calls, with `"heuristic_transient"` a new one.
@@ -180,6 +175,6 @@ def sizes_for(draft, target: PreTrainedModel, full: TreePlan, batch_size: int) -
     if kind == "constant" or full.num_nodes == 0:
         return ConstantSize(full)
     if kind == "heuristic_transient":
-        return TreeSizer(full)
+        return TreeSizer(full, step)
     known = _sizers.setdefault(draft, WeakKeyDictionary()).setdefault(target, {})
-    return known.setdefault((full, batch_size), TreeSizer(full))
+    return known.setdefault((full, batch_size, step), TreeSizer(full, step))

@@ -5,11 +5,12 @@ Everything that `generate()` accepts and that has no exact assisted form is refu
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, GenerationConfig, PreTrainedModel
 from transformers.generation import logits_process, stopping_criteria
 
-from .chunks import check_chunks
+from .chunks import check_chunks, draws_random_numbers
 from .draft_window import DEFAULT_SINK, DraftWindow
 from .notices import warn_once
 from .probing import can_branch
@@ -65,6 +66,11 @@ class TreePlan:
     top_k: int
     confidence_threshold: float | None
 
+    @property
+    def is_chain(self) -> bool:
+        """Whether no node has two continuations."""
+        return self.top_k == 1 or self.depth == 0
+
     def at_most(self, depth: int) -> "TreePlan":
         """The plan for a text that ends after `depth` further tokens."""
         return replace(self, depth=min(self.depth, depth))
@@ -98,6 +104,7 @@ def check_call(
     draft_window(draft)
     fixed_shapes(draft)
     compile_config(draft)
+    _check_draft(draft)
     _check_cache(generation_config, model_kwargs)
     if model_kwargs.get("inputs_embeds") is not None:
         raise NotImplementedError("`inputs_embeds` must be None: an EAGLE-3 draft needs the prompt's `input_ids`.")
@@ -262,6 +269,17 @@ def confidence_threshold(draft) -> float | None:
     return value
 
 
+def _check_draft(draft) -> None:
+    config, dtype, device = draft.config, draft.dtype, draft.device
+    embeds = torch.zeros(1, 2, config.hidden_size, dtype=dtype, device=device)
+    states = torch.zeros(1, 2, 3 * config.target_hidden_size, dtype=dtype, device=device)
+    if draws_random_numbers(draft, lambda: draft(inputs_embeds=embeds, aux_hidden_states=states)):
+        raise NotImplementedError(
+            "`assistant_model` must not be in training mode with dropout, which takes random numbers from the text. "
+            "Call `assistant_model.eval()`."
+        )
+
+
 def _check_cache(generation_config: GenerationConfig, model_kwargs: dict) -> None:
     if not model_kwargs.get("use_cache"):
         raise ValueError(
@@ -272,4 +290,10 @@ def _check_cache(generation_config: GenerationConfig, model_kwargs: dict) -> Non
         raise NotImplementedError(
             f"The target's cache must be a DynamicCache for an EAGLE-3 draft, got {type(cache).__name__} "
             f"(`cache_implementation={generation_config.cache_implementation!r}`). Leave `cache_implementation` out."
+        )
+    if cache.offloading:
+        raise NotImplementedError(
+            "The target's cache must not be offloaded for an EAGLE-3 draft, got `offloading=True` "
+            f"(`cache_implementation={generation_config.cache_implementation!r}`): rounds would move rows while they "
+            "are copied. Leave it out."
         )

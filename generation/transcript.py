@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from .sampling import DEVICES, Noise, check_distribution, choose_token, default_generator
@@ -58,9 +59,14 @@ class Transcript:
         self.freezes = any(hasattr(criterion, "eos_token_id") for criterion in self.stopping_criteria)
 
     @property
+    def max_length(self) -> int:
+        """Tokens that the least of the length limits allows; `stopping_criteria.max_length` is the first one."""
+        return min(each.max_length for each in self.stopping_criteria if type(each) is MaxLengthCriteria)
+
+    @property
     def max_new_tokens(self) -> int:
         """Tokens that the length limit still allows."""
-        return self.stopping_criteria.max_length - self.input_ids.shape[1]
+        return self.max_length - self.input_ids.shape[1]
 
     @property
     def num_slots(self) -> int:
@@ -68,9 +74,14 @@ class Transcript:
         return self.num_omitted + self.input_ids.shape[1]
 
     @property
+    def num_kept_slots(self) -> int:
+        """Slots of the target's cache that hold the text even if the round that goes on now breaks off."""
+        return self.num_omitted + self.num_flushed - 1
+
+    @property
     def max_slots(self) -> int:
         """Slots of the target's cache for as many tokens as the length limit allows."""
-        return self.num_omitted + self.stopping_criteria.max_length
+        return self.num_omitted + self.max_length
 
     @property
     def is_frozen(self) -> Tensor:
@@ -127,12 +138,14 @@ class Transcript:
         **Effects**: the random generator stands, at each of them, where plain generation has it then, so that a
         streamer that raises leaves it there.
         """
-        if self.streamer is None:
-            return
+        if self.streamer is not None:
+            self._stream()
+        self.num_flushed = self.input_ids.shape[1]
+
+    def _stream(self) -> None:
         new_tokens = self.input_ids[:, self.num_flushed :].cpu().unbind(dim=1)
         for tokens, state in zip(new_tokens, self.random_states, strict=True):
             if self.generator is not None:
                 self.generator.set_state(state)
             self.streamer.put(tokens)
-        self.num_flushed = self.input_ids.shape[1]
         self.random_states.clear()

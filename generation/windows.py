@@ -14,10 +14,30 @@ from contextlib import contextmanager
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from .transcript import Transcript
+
+
+class RecordingLayer(DynamicSlidingWindowLayer):
+    """
+    A sliding-window layer whose record outlasts `crop`: its owner wants to crop it later.
+
+    Args:
+        layer (`DynamicSlidingWindowLayer`): The layer whose place it takes.
+    """
+
+    def __init__(self, layer: DynamicSlidingWindowLayer):
+        super().__init__(layer.sliding_window)
+        vars(self).update(vars(layer))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if tokens_to_remove < 0:
+            self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
+            self.cumulative_length += tokens_to_remove
+
 
 class UnevenWindowLayer(DynamicLayer):
     """
-    A sliding-window layer whose slots are dropped by `forget_before` only.
+    A sliding-window layer whose slots are dropped by `forget_before` only, or never if it takes a record's place.
 
     Args:
         layer (`DynamicSlidingWindowLayer`): The layer whose place it takes.
@@ -31,6 +51,7 @@ class UnevenWindowLayer(DynamicLayer):
         self.keys, self.values, self.is_initialized = layer.keys, layer.values, True
         self.dtype, self.device = layer.keys.dtype, layer.keys.device
         self.first_slot = layer.get_seq_length() - layer.keys.shape[-2]
+        self.keeps_all = isinstance(layer, RecordingLayer)
 
     def get_seq_length(self) -> int:
         return self.first_slot + self.keys.shape[-2]
@@ -41,7 +62,7 @@ class UnevenWindowLayer(DynamicLayer):
     def forget_before(self, num_tokens: int) -> None:
         """Drops the slots that a token after `num_tokens` others does not see."""
         num_dropped = num_tokens - self.sliding_window + 1 - self.first_slot
-        if num_dropped > 0:
+        if num_dropped > 0 and not self.keeps_all:
             self.keys, self.values = self.keys[:, :, num_dropped:], self.values[:, :, num_dropped:]
             self.first_slot += num_dropped
 
@@ -52,15 +73,22 @@ def recorded_past(cache: Cache) -> Iterator[None]:
     Lets the newest positions of `cache` be dropped while the context is open, beyond its windows too.
 
     **Effects**: sliding-window layers record their past, which `crop` alone shortens; afterwards as they did before.
+    Those that did so already are replaced meanwhile, so that they keep all of it.
     """
-    layers = [layer for layer in cache.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-    did_record = [layer.record_past for layer in layers]
+    layers = {i: layer for i, layer in enumerate(cache.layers) if isinstance(layer, DynamicSlidingWindowLayer)}
+    did_record = {i: layer for i, layer in layers.items() if layer.record_past}
+    for index, layer in did_record.items():
+        cache.layers[index] = RecordingLayer(layer)
     cache.activate_past_recording()
     try:
         yield
     finally:
-        for layer, record_past in zip(layers, did_record, strict=True):
-            layer.record_past = record_past
+        for index, layer in layers.items():
+            if index in did_record:
+                vars(layer).update(vars(cache.layers[index]))
+                cache.layers[index] = layer
+            else:
+                layer.record_past = False
 
 
 @contextmanager
@@ -92,3 +120,19 @@ def forget_unseen(cache: Cache, num_tokens: int) -> None:
     for layer in cache.layers:
         if isinstance(layer, UnevenWindowLayer):
             layer.forget_before(num_tokens)
+
+
+@contextmanager
+def whole_rounds(cache: Cache, transcript: Transcript) -> Iterator[None]:
+    """
+    Takes a round that raises back out of the caller's `cache`: what nobody accepted is not the text.
+
+    **Effects**: then `cache` holds what `transcript` had before the round, its newest token aside.
+    """
+    try:
+        yield
+    except BaseException:
+        for layer in cache.layers:
+            if layer.is_initialized:  # a forward that was interrupted has come to some of them
+                layer.crop(min(transcript.num_kept_slots - layer.get_seq_length(), 0))
+        raise

@@ -27,7 +27,7 @@ from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
 
 VOCAB_SIZE = 11
-MAX_NEW_TOKENS = 30
+MAX_NEW_TOKENS = 20
 SHAPE = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 32,
@@ -172,7 +172,7 @@ def assert_same_generation(target, draft, prompt, seed=0, **settings):
 
 def num_emitted(new_tokens: torch.Tensor, eos_token_ids: list[int]) -> int:
     """How many of `new_tokens (B, T)` are not padding after an end of sequence."""
-    is_end = torch.isin(new_tokens, torch.tensor(eos_token_ids))
+    is_end = torch.isin(new_tokens, new_tokens.new_tensor(eos_token_ids))
     return int((is_end.cumsum(dim=1) - is_end.long() == 0).sum())
 
 

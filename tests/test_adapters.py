@@ -144,6 +144,21 @@ def test_adapters_of_one_head_are_switched_without_a_trace():
         assert torch.equal(decoded_logits(model), plain)
 
 
+@pytest.mark.parametrize("name", ["fc", "q_proj"])
+def test_adapter_whose_dropout_draws_random_numbers_is_refused_by_name(name):
+    target, draft = tiny_target(), serving(tiny_draft(**ATTENTION["mla-R0"])).float()
+    model = adapted(draft, target_modules=[name], lora_dropout=0.5).float().train()
+    state = torch.get_rng_state()
+    with pytest.raises(NotImplementedError, match=r"training mode with dropout.*Call `assistant_model.eval\(\)`"):
+        target.generate(PROMPT, assistant_model=model, max_new_tokens=3)
+    assert torch.equal(torch.get_rng_state(), state)
+    texts = []
+    for assistance in {}, {"assistant_model": model.eval()}:
+        torch.manual_seed(3)
+        texts.append(target.generate(PROMPT, max_new_tokens=9, do_sample=True, **assistance).tolist())
+    assert texts[0] == texts[1]
+
+
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("attention", ["mla-R0", "mla-R4"])
 def test_generate_with_an_adapter_gives_the_plain_text(attention, do_sample):

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from pairwise import pairwise
 from reference_generation import (
     GPT2_SHAPE,
     SETTINGS,
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     StoppingCriteria,
 )
+from transformers.generation import MaxLengthCriteria
 
 from eagle3_mla.generation import decoder, notices
 from eagle3_mla.generation.drafting import draft_tree
@@ -55,15 +57,12 @@ def modes(monkeypatch) -> list[type]:
     return seen
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("setting", CELLS)
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("name", "setting", "shape", "lengths"), pairwise(TARGETS, CELLS, SHAPES, LENGTHS))
 def test_text_of_a_batch_is_that_of_plain_generation(name, setting, shape, lengths, modes):
     target, num_accepted, seed = TARGETS[name]().eval(), 0, 0
     while num_accepted == 0 and seed < 6:
         draft = set_shape(make_draft(target), shape)
-        assert_same_generation(target, draft, make_prompts(lengths), seed, max_new_tokens=20, **SETTINGS[setting])
+        assert_same_generation(target, draft, make_prompts(LENGTHS[lengths]), seed, **SETTINGS[setting])
         num_accepted, seed = sum(draft.speculation_stats.accepted_by_depth), seed + 1
     assert num_accepted > 0
     in_step = name in CHAINS_ONLY or setting == "sample-guidance"
@@ -192,6 +191,18 @@ def test_time_limit_stops_all_sequences_at_the_same_token(llama, max_time, modes
     assert modes == [RaggedTexts]
 
 
+@pytest.mark.parametrize("lengths", [[5], [5, 2]], ids=str)
+@pytest.mark.parametrize("fixed_shapes", [False, True], ids=["changing", "fixed"])
+def test_the_least_of_several_length_limits_ends_the_text(llama, lengths, fixed_shapes, modes):
+    draft, prompt = set_shape(make_draft(llama), "tree"), make_prompts(lengths)
+    draft.generation_config.fixed_shapes = fixed_shapes
+    for limits in [14, 9], [9, 14]:
+        criteria = [MaxLengthCriteria(limit) for limit in limits]
+        assisted = assert_same_generation(llama, draft, prompt, do_sample=True, stopping_criteria=criteria)
+        assert assisted.sequences.shape[1] == 9
+    assert modes == [RaggedTexts] * 2
+
+
 @pytest.mark.parametrize("name", ["llama", "mistral-window-8", "gemma3-window-8", "gpt2"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_cache_of_a_batch_is_that_of_a_text_that_never_branched(name, shape, modes):
@@ -224,7 +235,7 @@ def test_positions_stay_within_those_that_the_target_has():
     for shape in SHAPES:
         draft = set_shape(make_draft(target), shape)
         for settings in SETTINGS["greedy"], SETTINGS["sample"]:
-            for seed in range(4):
+            for seed in range(2):
                 prompt = make_prompts([7, 3, 5])
                 assert_same_generation(target, draft, prompt, seed, max_new_tokens=25, **settings)
 

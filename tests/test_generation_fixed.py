@@ -31,7 +31,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from eagle3_mla.generation import capture, fixed_rounds, ragged, runtime
+from eagle3_mla.generation import capture, fixed_rounds, ragged, runtime, shelf
 from eagle3_mla.generation.drafting import draft_tree
 from eagle3_mla.generation.fixed_cache import FixedCache
 from eagle3_mla.generation.fixed_memory import FixedMemory
@@ -135,14 +135,14 @@ def test_every_kind_of_head_gives_the_plain_text(llama, fields, ways):
 
 @pytest.mark.parametrize("setting", ["greedy", "greedy-processors", "sample"])
 def test_buffers_grow_in_the_middle_of_a_text(llama, setting, monkeypatch, ways):
-    monkeypatch.setattr(runtime, "LEAST_CAPACITY", 16)
-    sizes, new = [], runtime.FixedRounds.__init__
+    monkeypatch.setattr(shelf, "LEAST_CAPACITY", 16)
+    sizes, new = [], shelf.TextBuffers.__init__
 
     def watched(self, *arguments):
         new(self, *arguments)
         sizes.append(self.capacity)
 
-    monkeypatch.setattr(runtime.FixedRounds, "__init__", watched)
+    monkeypatch.setattr(shelf.TextBuffers, "__init__", watched)
     prompt = make_prompts([3, 7])
     assert_same_call(llama, make_fixed(llama), prompt, max_new_tokens=60, **SETTINGS[setting])
     assert sizes == sorted(set(sizes))
@@ -150,7 +150,7 @@ def test_buffers_grow_in_the_middle_of_a_text(llama, setting, monkeypatch, ways)
 
 
 def test_prompt_may_be_longer_than_the_least_capacity(llama, monkeypatch):
-    monkeypatch.setattr(runtime, "LEAST_CAPACITY", 8)
+    monkeypatch.setattr(shelf, "LEAST_CAPACITY", 8)
     assert_same_call(llama, make_fixed(llama), make_prompts([50, 33]), do_sample=False)
 
 
@@ -195,6 +195,15 @@ def test_padding_may_be_an_end_of_sequence(llama, do_sample):
 def test_mask_of_any_form_gives_the_plain_text(llama, mask):
     prompt = {"input_ids": make_prompt(6)["input_ids"], "attention_mask": torch.tensor([mask])}
     assert_same_call(llama, make_fixed(llama), prompt, do_sample=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.long, torch.float32], ids=str)
+def test_padding_is_on_the_left_whatever_the_type_of_the_mask(dtype):
+    """Kernels that ask for nothing but the first token of a sequence must not be told of another padding."""
+    masks = {(1, 1, 1, 1): True, (0, 0, 1, 1): True, (1, 0, 1, 1): False, (1, 1, 1, 0): False, (0, 0, 0, 0): False}
+    for mask, is_left in masks.items():
+        assert runtime.is_padded_left(torch.tensor([mask], dtype=dtype)) == is_left
+    assert runtime.is_padded_left(None)
 
 
 def test_sequences_without_limit_of_time_end_where_time_ends(llama):
@@ -313,9 +322,9 @@ def test_statistics_are_those_of_the_other_loop(setting, shape):
 
 def keep_rounds(monkeypatch) -> list:
     """Lets calls on the CPU share buffers, as calls on CUDA do; returns all that are made."""
-    made, new = {}, runtime.Shelf._new
+    made, new = {}, shelf.Shelf._new
     monkeypatch.setattr(
-        runtime.Shelf, "_new", lambda shelf, size: made.get(size) or made.setdefault(size, new(shelf, size))
+        shelf.Shelf, "_new", lambda self, size: made.get(size) or made.setdefault(size, new(self, size))
     )
     return made
 
@@ -329,12 +338,9 @@ def test_nothing_of_an_earlier_text_comes_into_the_next(llama, kind, monkeypatch
     for _ in range(2):
         assert call(llama, prompt, do_sample=False, assistant_model=draft)[0] == plain
         lengths.append(draft.speculation_stats.acceptance_lengths)
-        (rounds,) = made.values()
-        for stack in [
-            *rounds.cache.stacks.values(),
-            *rounds.memory.cache.stacks.values(),
-            rounds.memory.pending_states,
-        ]:
+        (buffers,) = made.values()
+        memory = buffers.memory
+        for stack in *buffers.cache.stacks.values(), *memory.cache.stacks.values(), memory.pending_states:
             stack.fill_(float("nan"))
     assert lengths[0] == lengths[1]
 
@@ -342,10 +348,14 @@ def test_nothing_of_an_earlier_text_comes_into_the_next(llama, kind, monkeypatch
 @pytest.mark.parametrize("setting", ["greedy", "greedy-processors"])
 def test_buffers_and_models_are_let_go_at_once(setting, monkeypatch):
     """Caches that wait for the garbage collector fill a GPU that has room for one."""
-    rounds, new = [], runtime.FixedRounds.__init__
-    monkeypatch.setattr(
-        runtime.FixedRounds, "__init__", lambda self, *given: rounds.append(weakref.ref(self)) or new(self, *given)
-    )
+    made = []
+
+    def watch(kind):
+        new = kind.__init__
+        monkeypatch.setattr(kind, "__init__", lambda self, *given: made.append(weakref.ref(self)) or new(self, *given))
+
+    watch(shelf.TextBuffers)
+    watch(shelf.FixedRounds)
     target = TARGETS["llama"]().eval()
     draft = make_fixed(target)
     call(target, make_prompt(6), assistant_model=draft, **SETTINGS[setting])  # what is made once, is made
@@ -353,7 +363,7 @@ def test_buffers_and_models_are_let_go_at_once(setting, monkeypatch):
     gc.disable()
     try:
         call(target, make_prompt(6), assistant_model=draft, **SETTINGS[setting])
-        assert [each() for each in rounds] == [None, None]
+        assert [each() for each in made] == [None] * 4
     finally:
         gc.enable()
     models = weakref.ref(target), weakref.ref(draft)
@@ -389,7 +399,6 @@ def test_modes_of_torch_change_nothing(llama):
 OBSTACLES = {
     "nothing is drafted": ({"num_assistant_tokens": 0}, {}),
     "`assistant_confidence_threshold` is set": ({"assistant_confidence_threshold": 0.1}, {}),
-    "`num_assistant_tokens_schedule` is not constant": ({"num_assistant_tokens_schedule": "heuristic"}, {}),
     "`draft_window` is set": ({"draft_window": 8}, {}),
     "hidden states or attentions are wanted": ({}, {"output_hidden_states": True}),
 }
@@ -397,7 +406,7 @@ OBSTACLES = {
 
 @pytest.mark.parametrize("reason", OBSTACLES)
 def test_log_says_once_why_shapes_vary(llama, reason, caplog, monkeypatch, ways):
-    monkeypatch.setattr(runtime, "_reasons_given", set())
+    monkeypatch.setattr(shelf, "_reasons_given", set())
     knobs, settings = OBSTACLES[reason]
     draft, prompt = make_fixed(llama), make_prompt(6)
     draft.generation_config.update(**knobs)
@@ -411,7 +420,7 @@ def test_log_says_once_why_shapes_vary(llama, reason, caplog, monkeypatch, ways)
 
 
 def test_hooks_autocast_and_targets_without_masks_take_the_other_loop(llama, caplog, monkeypatch, ways):
-    monkeypatch.setattr(runtime, "_reasons_given", set())
+    monkeypatch.setattr(shelf, "_reasons_given", set())
     hook = llama.model.layers[1].register_forward_hook(lambda *arguments: None)
     try:
         assert_same_call(llama, make_fixed(llama), make_prompt(6), do_sample=False)
@@ -426,6 +435,33 @@ def test_hooks_autocast_and_targets_without_masks_take_the_other_loop(llama, cap
         "the target or the draft has hooks, which a graph would not call.",
         "autocast is on, whose copies of weights end with it.",
         "the target takes no masks of its own.",
+    ]
+    assert ways == []
+
+
+class ScalingCache(DynamicCache):
+    """Changes what it is given."""
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        return super().update(key_states * 1.5, value_states, *args, **kwargs)
+
+
+def test_caches_with_ways_of_their_own_take_the_other_loop(llama, caplog, monkeypatch, ways):
+    monkeypatch.setattr(runtime, "_reasons_given", set())
+    target, prompt = TARGETS["mistral-window-8"]().eval(), make_prompts([9, 5])
+    recording = [DynamicCache(config=target.config) for _ in range(2)]
+    for cache in recording:
+        cache.activate_past_recording()
+    for model, (plain_cache, cache) in [
+        (llama, [ScalingCache(config=llama.config) for _ in range(2)]),
+        (target, recording),
+    ]:
+        plain, _, state = call(model, prompt, do_sample=True, past_key_values=plain_cache)
+        assisted = call(model, prompt, do_sample=True, past_key_values=cache, assistant_model=make_fixed(model))
+        assert (assisted[0], assisted[2].tolist()) == (plain, state.tolist())
+    assert [message.split(": ", 1)[1] for message in caplog.messages if "not captured" in message] == [
+        "the target's cache is of a kind of its own.",
+        "the target's windows are to record their past.",
     ]
     assert ways == []
 
@@ -539,7 +575,7 @@ def test_statistics_know_how_much_is_in_the_drafts_cache(llama, setting, monkeyp
     def watched(stats, shelf, rounds, *others):
         nonlocal num_rounds
         record(stats, shelf, rounds, *others)
-        assert stats.draft_cache_tokens == rounds.memory.num_rows.max()
+        assert stats.draft_cache_tokens == rounds.buffers.memory.num_rows.max()
         num_rounds += 1
 
     monkeypatch.setattr(runtime, "record_round", watched)
@@ -585,6 +621,43 @@ def test_calls_share_graphs_until_weights_move(graphs):
 
 
 @pytest.mark.gpu
+def test_call_on_another_stream_waits_until_the_buffers_are_free(monkeypatch):
+    """A call returns before the device has copied its cache; the next one writes into the same buffers."""
+    target = TARGETS["llama"]().eval().cuda()
+    draft, prompts = set_tree(make_draft(target), *SHAPES["tree"]).cuda(), [on_cuda(make_prompt(9)) for _ in range(2)]
+    expected = [call(target, prompt, do_sample=False)[1] for prompt in prompts]
+    give_back = FixedCache.give_back
+    monkeypatch.setattr(FixedCache, "give_back", lambda *given: torch.cuda._sleep(1_000_000_000) or give_back(*given))
+    call(target, prompts[0], assistant_model=draft, do_sample=False)
+    caches = []
+    for prompt in prompts:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            caches.append(call(target, prompt, assistant_model=draft, do_sample=False)[1])
+    torch.cuda.synchronize()
+    for cache, plain in zip(caches, expected, strict=True):
+        assert_same_cache(cache, plain)
+
+
+@pytest.mark.gpu
+def test_text_of_another_thread_is_plain_while_rounds_are_captured(monkeypatch):
+    target = TARGETS["llama"]().eval().cuda().bfloat16()
+    draft, prompt = set_tree(make_draft(target), *SHAPES["tree"]).cuda().bfloat16(), on_cuda(make_prompt(9))
+    expected, texts = call(target, prompt, do_sample=False)[0], []
+
+    def captured_meanwhile(*given):
+        thread = threading.Thread(target=lambda: texts.append(call(target, prompt, do_sample=False)[0]))
+        thread.start()
+        thread.join()
+        return verify(*given)
+
+    verify = fixed_rounds.FixedRounds.verify
+    monkeypatch.setattr(fixed_rounds.FixedRounds, "verify", captured_meanwhile)
+    call(target, prompt, do_sample=False, assistant_model=draft)
+    assert len(texts) >= 2
+    assert all(text == expected for text in texts)
+
+
+@pytest.mark.gpu
 def test_adapter_that_is_switched_off_gets_graphs_of_its_own(graphs):
     peft = pytest.importorskip("peft")
     target = TARGETS["llama"]().eval()
@@ -599,7 +672,7 @@ def test_adapter_that_is_switched_off_gets_graphs_of_its_own(graphs):
 
 @pytest.mark.gpu
 def test_model_that_asks_the_device_takes_the_other_loop(caplog, monkeypatch, graphs):
-    monkeypatch.setattr(runtime, "_reasons_given", set())
+    monkeypatch.setattr(shelf, "_reasons_given", set())
     target = TARGETS["llama"]().eval().cuda()
     mlp = target.model.layers[1].mlp
     forward = mlp.forward

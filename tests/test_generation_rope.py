@@ -2,9 +2,11 @@
 
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
+from pairwise import pairwise
 from reference_generation import SHAPE, assert_same_generation, make_draft, make_prompts, run, set_tree
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
@@ -12,7 +14,7 @@ from eagle3_mla.generation import decoder, notices
 from eagle3_mla.generation.rope import ReadingLimits
 from eagle3_mla.generation.tree import DraftTree
 
-LIMIT = 40
+LIMIT = 24
 DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}
 LONGROPE = {
     "rope_type": "longrope",
@@ -50,17 +52,17 @@ TEXTS = {
     "before": ([5], 0, LIMIT - 6),
     "up-to": ([5], 0, LIMIT - 5),
     "one-beyond": ([5], 2, LIMIT - 3),
-    "crossing": ([20], 0, 50),
-    "crossing-padded": ([20], 3, 50),
-    "prompt-up-to": ([LIMIT], 0, 20),
-    "prompt-one-beyond": ([LIMIT + 1], 0, 20),
-    "prompt-beyond-padded": ([LIMIT + 2], 3, 20),
-    "columns-beyond": ([LIMIT - 2], 4, 20),
+    "crossing": ([12], 0, 30),
+    "crossing-padded": ([12], 3, 30),
+    "prompt-up-to": ([LIMIT], 0, 14),
+    "prompt-one-beyond": ([LIMIT + 1], 0, 14),
+    "prompt-beyond-padded": ([LIMIT + 2], 3, 14),
+    "columns-beyond": ([LIMIT - 2], 4, 14),
     "batch-before": ([5, 3, 1], 0, LIMIT - 6),
-    "batch-crossing": ([20, 9, 17], 0, 40),
-    "batch-crossing-padded": ([20, 9, 17], 3, 40),
-    "batch-beyond": ([LIMIT + 5, 9, LIMIT + 2], 0, 20),
-    "batch-columns-beyond": ([LIMIT - 2, 9, 20], 4, 20),
+    "batch-crossing": ([12, 5, 9], 0, 26),
+    "batch-crossing-padded": ([12, 5, 9], 3, 26),
+    "batch-beyond": ([LIMIT + 5, 9, LIMIT + 2], 0, 14),
+    "batch-columns-beyond": ([LIMIT - 2, 9, 12], 4, 14),
 }
 SHAPES = {"chain": (5, 1, 5), "tree": (14, 3, 4)}
 
@@ -109,22 +111,17 @@ def forgets_text(target) -> bool:
     return inputs.get("past_key_values") is None and inputs["input_ids"].shape[1] == 1
 
 
-# Greedy with chains and sampled with trees, and the two crossings the other way round.
-CELLS = [(text, *cell) for text in TEXTS for cell in [("chain", False), ("tree", True)]]
-CELLS += [(text, *cell) for text in ("crossing", "batch-crossing") for cell in [("chain", True), ("tree", False)]]
-
-
-@pytest.mark.parametrize(("text", "shape", "do_sample"), CELLS, ids=str)
-@pytest.mark.parametrize("name", TARGETS)
-def test_text_is_that_of_plain_generation_on_both_sides_of_the_switch(name, text, shape, do_sample):
-    lengths, num_padding, num_new = TEXTS[text]
+# Every text of every target; of every text and of every target greedy ones and sampled ones, by chains and by trees.
+@pytest.mark.parametrize(("text", "name", "cell"), pairwise(TEXTS, TARGETS, product(SHAPES, [False, True])), ids=str)
+def test_text_is_that_of_plain_generation_on_both_sides_of_the_switch(text, name, cell):
+    (lengths, num_padding, num_new), (shape, do_sample) = TEXTS[text], cell
     target = TARGETS[name]().eval()
     draft = set_tree(make_draft(target), *SHAPES[shape])
     prompt, settings = make_prompts(lengths, num_padding), {"do_sample": do_sample, "max_new_tokens": num_new}
     num_columns = prompt["input_ids"].shape[1]
     if forgets_text(target) and num_columns <= LIMIT < num_columns + num_new - 1:
         with pytest.raises(
-            NotImplementedError, match="forgets the text before its token 41, so that texts of at most"
+            NotImplementedError, match=f"forgets the text before its token {LIMIT + 1}, so that texts of at most"
         ):
             run(target, prompt, assistant_model=draft, **settings)
         return
@@ -137,21 +134,21 @@ def test_text_is_that_of_plain_generation_on_both_sides_of_the_switch(name, text
 
 
 @pytest.mark.parametrize("name", ["phi3-longrope", "phi3-longrope-window-8"])
-@pytest.mark.parametrize("lengths", [[30], [30, 12]], ids=["one", "batch"])
+@pytest.mark.parametrize("lengths", [[18], [18, 7]], ids=["one", "batch"])
 def test_traces_have_the_whole_text_where_it_is_read_again(name, lengths):
     target = TARGETS[name]().eval()
     if forgets_text(target):
         pytest.skip("this transformers' Phi-3 loses the text")
     target.set_attn_implementation("eager")
     draft, prompt = set_tree(make_draft(target), *SHAPES["tree"]), make_prompts(lengths)
-    settings = {"output_hidden_states": True, "output_attentions": True, "do_sample": False, "max_new_tokens": 30}
+    settings = {"output_hidden_states": True, "output_attentions": True, "do_sample": False, "max_new_tokens": 18}
     plain, _ = run(target, prompt, **settings)
     with known_text(plain.sequences):
         assisted, _ = run(target, prompt, assistant_model=draft, **settings)
     for traces in "hidden_states", "attentions":
         for found, expected in zip(getattr(assisted, traces), getattr(plain, traces), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    assert [entry[0].shape[1] for entry in assisted.hidden_states if entry[0].shape[1] > 1] == [30, LIMIT + 1]
+    assert [entry[0].shape[1] for entry in assisted.hidden_states if entry[0].shape[1] > 1] == [18, LIMIT + 1]
 
 
 def test_where_nothing_is_drafted_the_log_says_so_once(caplog):
@@ -168,3 +165,26 @@ def test_rounds_after_a_switch_are_as_large_as_ever():
     assert [limits.room(num_tokens) for num_tokens in (30, 38, 40, 41, 42, 44, 45, 46)] == [10, 2, 0, 0, 2, 0, 0, None]
     limits = ReadingLimits(last=40)
     assert [limits.room(num_tokens) for num_tokens in (30, 40, 41, 42, 100)] == [10, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["llama-dynamic", "llama-longrope", "phi3-longrope", "phi3-default"])
+def test_part_of_a_text_that_may_be_read_again_is_refused_before_any_forward(name):
+    """What is new alone does as long as nothing changes; beyond, `input_ids` must be the whole text."""
+    target, num_cached = TARGETS[name]().eval(), 8
+    draft, text = set_tree(make_draft(target), *SHAPES["tree"]), make_prompts([12])
+    new = text | {"input_ids": text["input_ids"][:, num_cached:]}
+
+    def cache():
+        cached = DynamicCache(config=target.config)
+        target(input_ids=text["input_ids"][:, :num_cached], past_key_values=cached)
+        return cached
+
+    up_to, beyond = ({"max_new_tokens": LIMIT - 12 + more, "do_sample": False} for more in (0, 1))
+    expected = target.generate(**new, past_key_values=cache(), **up_to).tolist()
+    assert target.generate(**new, past_key_values=cache(), assistant_model=draft, **up_to).tolist() == expected
+    given = cache()
+    with pytest.raises(NotImplementedError, match=f"{LIMIT} tokens .* whole text, got .* of {num_cached} more tokens"):
+        target.generate(**new, past_key_values=given, assistant_model=draft, **beyond)
+    assert given.get_seq_length() == num_cached
+    expected = target.generate(**text, past_key_values=cache(), **beyond).tolist()
+    assert target.generate(**text, past_key_values=given, assistant_model=draft, **beyond).tolist() == expected

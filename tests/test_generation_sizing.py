@@ -1,12 +1,23 @@
 """The size of the next tree: simulated rounds with a known price and a known acceptance."""
 
+import itertools
 import random
 
 import pytest
 import torch
+from pairwise import pairwise
 from reference_generation import SETTINGS, TARGETS, assert_same_generation, make_draft, make_prompts
 
-from eagle3_mla.generation.sizing import FIRST_ROUNDS, ConstantSize, TreeSizer, ladder, num_within, sizes_for
+from eagle3_mla.generation import shelf
+from eagle3_mla.generation.sizing import (
+    FIRST_ROUNDS,
+    FIXED_STEP,
+    ConstantSize,
+    TreeSizer,
+    ladder,
+    num_within,
+    sizes_for,
+)
 from eagle3_mla.generation.support import TreePlan
 
 CHAIN = TreePlan(num_nodes=7, depth=7, top_k=1, confidence_threshold=None)
@@ -32,6 +43,7 @@ def test_sizes_halve_down_to_none_and_small_trees_are_shallow():
     assert [(size.num_nodes, size.depth) for size in ladder(TREE)] == [
         (60, 7), (30, 6), (15, 5), (7, 4), (3, 3), (1, 1), (0, 0)
     ]  # fmt: skip
+    assert [(size.num_nodes, size.depth) for size in ladder(TREE, FIXED_STEP)] == [(60, 7), (15, 5), (3, 3), (0, 0)]
 
 
 def test_every_size_is_tried_before_any_is_preferred():
@@ -85,11 +97,17 @@ def test_a_smaller_tree_holds_the_preferred_nodes_up_to_its_depth():
     assert num_within([], small) == 0
 
 
-@pytest.mark.parametrize("setting", ["greedy", "sample", "greedy-processors", "sample-eos"])
-@pytest.mark.parametrize("name", ["llama", "gemma2-window-8", "bloom"])
-@pytest.mark.parametrize("lengths", [[9], [9, 3, 12]], ids=["one", "batch"])
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_any_sequence_of_sizes_gives_the_text_of_plain_generation(name, setting, lengths, top_k, monkeypatch):
+@pytest.mark.parametrize(
+    ("setting", "name", "lengths", "top_k"),
+    pairwise(
+        ["greedy", "sample", "greedy-processors", "sample-eos"],
+        ["llama", "gemma2-window-8", "bloom"],
+        [[9], [9, 3, 12]],
+        [1, 3],
+    ),
+    ids=str,
+)
+def test_any_sequence_of_sizes_gives_the_text_of_plain_generation(setting, name, lengths, top_k, monkeypatch):
     monkeypatch.setattr(TreeSizer, "choose", lambda sizer: random.choice(list(sizer.sizes)))
     random.seed(4)
     target = TARGETS[name]().eval()
@@ -98,6 +116,129 @@ def test_any_sequence_of_sizes_gives_the_text_of_plain_generation(name, setting,
     draft.generation_config.assistant_tree_top_k = top_k
     draft.generation_config.num_assistant_tokens_schedule = "heuristic_transient"
     assert_same_generation(target, draft, make_prompts(lengths), **SETTINGS[setting])
+
+
+@pytest.mark.parametrize("setting", ["greedy", "sample", "greedy-processors", "sample-eos"])
+@pytest.mark.parametrize("name", ["llama", "gemma2-window-8"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_any_sequence_of_sizes_at_fixed_shapes_gives_the_text_of_plain_generation(name, setting, top_k, monkeypatch):
+    monkeypatch.setattr(TreeSizer, "choose", lambda sizer: random.choice(list(sizer.sizes)))
+    monkeypatch.setattr(shelf, "LEAST_CAPACITY", 16)  # buffers grow, too
+    random.seed(5)
+    torch.manual_seed(1)
+    target, num_accepted = TARGETS[name]().eval(), 0
+    for lengths in [9], [9, 3, 12]:
+        draft = at_fixed_shapes(make_draft(target), top_k)
+        prompt, texts, states = make_prompts(lengths), [], []
+        for assistance in {}, {"assistant_model": draft}:
+            torch.manual_seed(0)
+            texts.append(target.generate(**prompt, max_new_tokens=40, **SETTINGS[setting], **assistance).tolist())
+            states.append(torch.get_rng_state())
+        assert texts[0] == texts[1]
+        assert torch.equal(*states)
+        num_accepted += sum(draft.speculation_stats.accepted_by_depth)
+    assert num_accepted > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("setting", ["greedy", "sample", "greedy-processors"])
+@pytest.mark.parametrize("name", ["llama", "gemma2-window-8"])
+def test_any_sequence_of_captured_sizes_gives_the_text_of_plain_generation(name, setting, monkeypatch):
+    monkeypatch.setattr(TreeSizer, "choose", lambda sizer: random.choice(list(sizer.sizes)))
+    random.seed(6)
+    torch.manual_seed(1)
+    target, num_accepted = TARGETS[name]().eval().cuda(), 0
+    for lengths in [9], [9, 3, 12]:
+        draft = at_fixed_shapes(make_draft(target), 3).cuda()
+        prompt = {key: tensor.cuda() for key, tensor in make_prompts(lengths).items()}
+        assert_same_generation(target, draft, prompt, max_new_tokens=200, **SETTINGS[setting])
+        texts = []
+        for assistance in {}, {"assistant_model": draft}, {"assistant_model": draft}:
+            torch.manual_seed(0)
+            texts.append(target.generate(**prompt, max_new_tokens=200, **SETTINGS[setting], **assistance).tolist())
+        assert texts[0] == texts[1] == texts[2]
+        num_accepted += sum(draft.speculation_stats.accepted_by_depth)
+    assert num_accepted > 0
+
+
+def at_fixed_shapes(draft, top_k: int):
+    """`draft` with trees of 9 nodes, whose sizes change, at fixed shapes."""
+    draft.generation_config.num_assistant_tokens = 9
+    draft.generation_config.assistant_tree_top_k = top_k
+    draft.generation_config.num_assistant_tokens_schedule = "heuristic_transient"
+    draft.generation_config.fixed_shapes = True
+    return draft
+
+
+@pytest.mark.parametrize("setting", ["greedy", "greedy-processors"])
+@pytest.mark.parametrize("lengths", [[9], [9, 4, 6]], ids=["one", "batch"])
+def test_draft_has_read_as_much_after_plain_rounds_as_in_the_other_loop(setting, lengths, monkeypatch):
+    """A row that it has missed changes no text, only what is accepted."""
+    target, found = TARGETS["llama"]().eval().double(), []
+    draft, prompt = at_fixed_shapes(make_draft(target).double(), 3), make_prompts(lengths)
+    chosen = []
+    for is_fixed in True, False:
+        sizes = itertools.cycle([0, 0, 2, 0, 9, 9, 2])
+        monkeypatch.setattr(
+            TreeSizer, "choose", lambda sizer, sizes=sizes: chosen.append(size_of(next(sizes))) or chosen[-1]
+        )
+        if is_fixed:  # asks once more, before the text begins
+            for _ in range(6):
+                next(sizes)
+        draft.generation_config.fixed_shapes = is_fixed
+        target.generate(**prompt, assistant_model=draft, max_new_tokens=40, **SETTINGS[setting])
+        found.append(draft.speculation_stats.accepted_by_depth)
+    assert len(set(chosen)) == 3
+    assert sum(found[0]) > 3
+    assert found[0] == found[1]
+
+
+def size_of(num_nodes: int) -> TreePlan:
+    return TreePlan(num_nodes, min(num_nodes, 3), 3, None)
+
+
+def test_a_random_draft_is_not_asked_any_more_at_fixed_shapes(monkeypatch):
+    target = TARGETS["llama"]().eval()
+    draft = at_fixed_shapes(make_draft(target), 1)
+    draft.generation_config.num_assistant_tokens_schedule = "heuristic"
+    monkeypatch.setattr(type(draft), "draft_to_target", lambda draft, draft_ids: torch.full_like(draft_ids, 8))
+    record = TreeSizer.record
+    monkeypatch.setattr(
+        TreeSizer, "record", lambda sizer, size, ranks, seconds: record(sizer, size, ranks, 1 + size.depth)
+    )
+    prompt = make_prompts([5])
+    plain = target.generate(**prompt, max_new_tokens=60).tolist()
+    for most in 200, 30:
+        assert target.generate(**prompt, assistant_model=draft, max_new_tokens=60).tolist() == plain
+        assert draft.speculation_stats.drafted_nodes < most
+
+
+def test_what_rounds_do_while_they_are_tried_is_undone():
+    """Graphs of another size are recorded in the middle of a text."""
+    target, undone = TARGETS["llama"]().eval(), []
+    draft, prompt = at_fixed_shapes(make_draft(target), 3), make_prompts([9, 4])
+
+    def tried(self, size):
+        rounds = new(self, size)
+        if size not in self.current.rounds:
+            with self.buffers.unmoved():
+                for stage in rounds.draft_trees, rounds.verify, rounds.choose, rounds.keep:
+                    stage()
+            undone.append(size)
+        return rounds
+
+    plain = target.generate(**prompt, max_new_tokens=40).tolist()
+    new, accepted = shelf.Shelf._new_rounds, []
+    for is_tried in False, True:
+        with pytest.MonkeyPatch.context() as patch:
+            random.seed(0)
+            patch.setattr(TreeSizer, "choose", lambda sizer: random.choice(list(sizer.sizes)))
+            if is_tried:
+                patch.setattr(shelf.Shelf, "_new_rounds", tried)
+            assert target.generate(**prompt, max_new_tokens=40, assistant_model=draft).tolist() == plain
+        accepted.append(draft.speculation_stats.acceptance_lengths)
+    assert accepted[0] == accepted[1]
+    assert len(undone) > 2
 
 
 def test_what_was_learned_is_kept_for_the_next_call_with_the_same_models_and_batch_size():

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from pairwise import pairwise
 from reference_generation import (
     MAX_NEW_TOKENS,
     SHAPE,
@@ -85,14 +86,11 @@ def assert_same_structure(found, expected) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=3e-5)
 
 
-@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS.keys())
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("setting", CELLS)
-@pytest.mark.parametrize("name", TARGETS)
-def test_states_and_attentions_of_each_token_are_those_of_plain_generation(name, setting, shape, lengths):
+@pytest.mark.parametrize(("name", "setting", "lengths", "shape"), pairwise(TARGETS, CELLS, LENGTHS, SHAPES))
+def test_states_and_attentions_of_each_token_are_those_of_plain_generation(name, setting, lengths, shape):
     target = TARGETS[name]().eval()
     target.set_attn_implementation("eager")
-    draft, prompt = set_shape(make_draft(target), shape), make_prompts(lengths, num_padding=1)
+    draft, prompt = set_shape(make_draft(target), shape), make_prompts(LENGTHS[lengths], num_padding=1)
     plain, assisted = assert_same_traces(target, draft, prompt, **CELLS[setting])
     assert_same_cache(assisted.past_key_values, plain.past_key_values)
     num_layers = target.config.num_hidden_layers

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from pairwise import pairwise
 from reference_generation import TARGETS, VOCAB_SIZE, assert_same_generation, make_draft, make_prompts
 from transformers import DynamicCache, LogitsProcessorList
 
@@ -97,14 +98,15 @@ def side_by_side(rows, ends_together: bool):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS, ids=str)
-@pytest.mark.parametrize("top_k", [1, 3])
-@pytest.mark.parametrize(("window", "sink"), [(5, 2), (2, 0), (1, 4), (9, 3)], ids=str)
-@pytest.mark.parametrize("lengths", [[14], [3], [14, 3, 9]], ids=str)
-def test_drafts_are_those_of_masks_over_a_full_cache(kind, top_k, window, sink, lengths, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "sizes", "lengths", "top_k"),
+    pairwise(KINDS, [(5, 2), (2, 0), (1, 4), (9, 3)], [[14], [3], [14, 3, 9]], [1, 3]),
+    ids=str,
+)
+def test_drafts_are_those_of_masks_over_a_full_cache(kind, sizes, lengths, top_k, monkeypatch):
     """Rows in the wrong slot, at the wrong position or gone too early cost acceptance only; nobody would see it."""
     monkeypatch.setattr(memories, "WINDOW_CHUNK_ROWS", 4)
-    target = TARGETS["llama"]().eval().double()
+    (window, sink), target = sizes, TARGETS["llama"]().eval().double()
     draft = make_draft(target, **kind).double()
     plan = TreePlan(num_nodes=6 if top_k > 1 else 3, depth=3, top_k=top_k, confidence_threshold=None)
     references = [Reference(draft, target, window, sink) for _ in lengths]
@@ -134,13 +136,14 @@ def assert_rows_are_held(memory, row: int, expected) -> None:
             torch.testing.assert_close(held, states[:, positions], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(("window", "sink"), [(3, 1), (8, None)], ids=str)
-@pytest.mark.parametrize("shape", [(5, 1), (12, 3)], ids=["chain", "tree"])
-@pytest.mark.parametrize("lengths", [[40], [12, 9, 14, 3]], ids=str)
-@pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
-def test_text_is_that_of_plain_generation(llama, window, sink, shape, lengths, do_sample, monkeypatch):
+@pytest.mark.parametrize(
+    ("sizes", "shape", "lengths", "do_sample"),
+    pairwise([(3, 1), (8, None)], [(5, 1), (12, 3)], [[40], [12, 9, 14, 3]], [False, True]),
+    ids=str,
+)
+def test_text_is_that_of_plain_generation(llama, sizes, shape, lengths, do_sample, monkeypatch):
     monkeypatch.setattr(memories, "WINDOW_CHUNK_ROWS", 4)
-    draft, num_accepted = make_draft(llama), 0
+    (window, sink), draft, num_accepted = sizes, make_draft(llama), 0
     config = draft.generation_config
     config.draft_window, config.draft_window_sink = window, sink
     config.num_assistant_tokens, config.assistant_tree_top_k = shape
@@ -157,7 +160,7 @@ def test_cache_stays_as_large_as_it_is_however_long_the_text_becomes(llama, wind
     monkeypatch.setattr(caches, "SPARE_POSITIONS", 8)
     draft, num_bytes = make_draft(llama), []
     draft.generation_config.draft_window = window
-    for num_tokens, max_new_tokens in [(30, 60), (30, 200), (200, 30)]:
+    for num_tokens, max_new_tokens in [(30, 40), (30, 100), (100, 30)]:
         prompt = make_prompts([num_tokens])
         llama.generate(**prompt, max_new_tokens=max_new_tokens, do_sample=False, assistant_model=draft)
         num_bytes.append(draft.speculation_stats.draft_cache_bytes)

@@ -1,0 +1,127 @@
+"""What goes on from round to round at fixed shapes: both caches, how far each sequence has come, the coming noise.
+
+Everything lies where it is, in buffers for texts of at most `capacity` slots, so that rounds of any size, each with
+graphs of its own, can take turns on it.
+
+Shapes: B batch, P nodes on the longest path of the largest trees, K slots, V the target's vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from .fixed_cache import FixedCache
+from .fixed_memory import FixedMemory
+from .memory import DraftMemory
+from .sampling import Noise, RowNoise
+from .support import TreePlan
+
+
+class GivenNoise:
+    """
+    Noise of the coming tokens in a buffer.
+
+    Args:
+        draws (`torch.Tensor` of shape `(B, P, V)`): Those of each place behind the newest token.
+    """
+
+    def __init__(self, draws: Tensor):
+        self.draws = draws
+
+    def peek(self, ahead: int) -> Tensor:
+        """Noise `(B, V)` of the token that is `ahead` places after the next one."""
+        return self.draws[:, ahead]
+
+
+class TextBuffers:
+    """
+    The texts of a call and what both models know of them.
+
+    Args:
+        draft ([`Eagle3MLADraftModel`]): The head; not kept alive.
+        largest ([`TreePlan`]): Size of the largest trees.
+        cache (`Cache`), memory ([`DraftMemory`]): After the prompt; they say which shapes the buffers need.
+        capacity (`int`): Slots of each sequence, those of a tree's nodes included.
+        draw (`torch.Tensor` of shape `(B, V)`, *optional*): Like the noise of a token; `None` means greedy.
+    """
+
+    def __init__(
+        self, draft, largest: TreePlan, cache: Cache, memory: DraftMemory, capacity: int, draw: Tensor | None
+    ):
+        self.capacity = capacity
+        self.cache = FixedCache(cache, capacity)
+        self.memory = FixedMemory(draft, memory, capacity, largest.depth * largest.top_k, largest.depth + 1)
+        counts = self.memory.num_rows
+        self.lengths, self.offsets = torch.zeros_like(counts), torch.zeros_like(counts)
+        self.limit = counts.new_full((), capacity)
+        self.is_token = torch.ones(len(counts), capacity, dtype=torch.bool, device=counts.device)
+        self.first = torch.zeros_like(counts)
+        self.roots = counts.new_zeros(len(counts), 1)
+        self.is_frozen = torch.zeros_like(counts, dtype=torch.bool)
+        self.noise = None if draw is None else GivenNoise(draw.new_ones(len(draw), largest.depth + 1, draw.shape[1]))
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of both caches."""
+        return self.cache.num_bytes + self.memory.num_bytes
+
+    def load(
+        self,
+        cache: Cache,
+        memory: DraftMemory,
+        is_token: Tensor | None,
+        positions: Tensor | int,
+        limit: int,
+        is_frozen: Tensor,
+    ) -> None:
+        """
+        Begins a text.
+
+        Args:
+            cache (`Cache`): The target's, which has read the prompt; emptied.
+            memory ([`DraftMemory`]): The draft's, which has read it but for the roots; emptied.
+            is_token (`torch.Tensor` of shape `(B, T)`, *optional*): 0 where a slot of the prompt is padding.
+            positions (`torch.LongTensor` of shape `(B,)`): RoPE positions of the roots in the target.
+            limit (`int`): Tokens that a text may have in the end.
+            is_frozen (`torch.BoolTensor` of shape `(B,)`): The sequences that have ended.
+        """
+        num_read = cache.get_seq_length()
+        self.lengths.fill_(num_read)
+        self.offsets.fill_(0).add_(positions - num_read)
+        self.is_frozen.copy_(is_frozen)
+        self.limit.fill_(limit)
+        self.is_token.fill_(True)
+        if is_token is not None:
+            self.is_token[:, :num_read] = is_token[:, :num_read].bool()
+        self.first.copy_((~self.is_token).sum(dim=1))
+        self.cache.load(cache)
+        self.memory.load(memory)
+        self.roots.copy_(self.memory.roots)
+
+    def take_over(self, smaller: "TextBuffers") -> None:
+        """Goes on where buffers of a smaller capacity have come to."""
+        for name in ("lengths", "offsets", "limit", "roots", "is_frozen", "first"):
+            getattr(self, name).copy_(getattr(smaller, name))
+        self.is_token.fill_(True)
+        self.is_token[:, : smaller.capacity] = smaller.is_token
+        self.cache.take_over(smaller.cache)
+        self.memory.take_over(smaller.memory)
+
+    def load_noise(self, noise: Noise | RowNoise, depth: int) -> None:
+        """Copies the draws of the coming tokens, for trees of this depth."""
+        for ahead in range(depth + 1):
+            self.noise.draws[:, ahead] = noise.peek(ahead)
+
+    @contextmanager
+    def unmoved(self) -> Iterator[None]:
+        """Undoes what rounds do while the context is open; in the caches, they write behind the texts alone."""
+        moving = [self.lengths, self.roots, self.is_frozen, *self.memory.moving]
+        before = [each.clone() for each in moving]
+        try:
+            yield
+        finally:
+            for each, value in zip(moving, before, strict=True):
+                each.copy_(value)

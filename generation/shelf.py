@@ -1,0 +1,245 @@
+"""Buffers and graphs of rounds at fixed shapes: made for a call, kept for the next one that is like it.
+
+What a graph has recorded reads and writes at fixed addresses, so it lasts as long as the models' weights stay where
+they are. Of a pair the sets of the latest calls are kept, as many as a part of the device's memory holds.
+"""
+
+import logging
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+from transformers.generation import EosTokenCriteria
+
+from .fixed_buffers import TextBuffers
+from .fixed_rounds import Ends, FixedRounds
+from .memory import DraftMemory
+from .sampling import stateless_warpers
+from .support import TreePlan, compile_config
+from .timing import Stopwatch
+from .transcript import Transcript
+
+logger = logging.getLogger(__name__)
+
+# Capacities are powers of two and the middles between them: a third of the slots is never used, at most.
+LEAST_CAPACITY = 256
+# Sets of buffers and graphs that are kept of a pair: texts of a few lengths come again and again.
+MOST_KEPT = 4
+# Share of the device's memory that their caches may take.
+KEPT_SHARE = 0.25
+# What layers of adapters say about themselves.
+ADAPTER_FIELDS = {"disable_adapters", "active_adapters", "merged"}
+
+_kept: WeakKeyDictionary[nn.Module, OrderedDict] = WeakKeyDictionary()
+# What could not be captured, and would not be another time.
+_failed: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()
+_reasons_given: set[str] = set()
+
+
+@dataclass(frozen=True)
+class KeptSet:
+    """
+    Buffers, and the rounds that work on them.
+
+    Args:
+        buffers ([`TextBuffers`]): The buffers.
+        whose (`Callable`): Gives the target that the rounds are of, as long as it is there.
+        rounds (`dict[TreePlan, FixedRounds]`): By size.
+    """
+
+    buffers: TextBuffers
+    whose: Callable[[], PreTrainedModel | None]
+    rounds: dict[TreePlan, FixedRounds] = field(default_factory=dict)
+
+    def belongs_to(self, target: PreTrainedModel) -> bool:
+        """Whether these are rounds of `target` itself, not of one that had its weights in the same place."""
+        return self.whose() is target
+
+
+class Shelf:
+    """
+    The buffers of a call, and the rounds of every size on them.
+
+    Args:
+        target, draft, cache, memory, draw: As for [`TextBuffers`].
+        largest ([`TreePlan`]): Size of the largest trees.
+        transcript ([`Transcript`]): The text.
+        is_padded_left (`bool`): Whether padding, if there is any, stands before the texts and nowhere else.
+        stopwatch ([`Stopwatch`]): Of captures.
+    """
+
+    def __init__(
+        self,
+        target: PreTrainedModel,
+        draft,
+        largest: TreePlan,
+        transcript: Transcript,
+        cache: Cache,
+        memory: DraftMemory,
+        draw: Tensor | None,
+        is_padded_left: bool,
+        stopwatch: Stopwatch,
+    ):
+        self.target, self.draft, self.largest, self.cache, self.memory = target, draft, largest, cache, memory
+        self.warpers, self.ends = stateless_warpers(transcript.logits_processor), ends_of(transcript)
+        self.draw, self.is_padded_left = draw, is_padded_left
+        self.num_rows = [count + 1 for count in memory.num_rows]  # of the draft's cache, after the coming round
+        self.num_pads = [cache.get_seq_length() - count for count in self.num_rows]
+        self.compile_config, self.stopwatch = compile_config(draft), stopwatch
+        self.kept = _kept.setdefault(draft, OrderedDict())
+        self.current_key, self.current = None, None
+        key = (
+            largest,
+            len(memory.num_rows),
+            draw is None,
+            tuple(map(repr_of, self.warpers)),
+            self.ends,
+            target.dtype,
+            is_padded_left,
+            repr(self.compile_config),
+            torch.is_inference_mode_enabled(),  # elsewhere, its buffers could not be written
+        )
+        self.key = *key, fingerprint(target), fingerprint(draft)
+
+    @property
+    def buffers(self) -> TextBuffers:
+        """Those in use."""
+        return self.current.buffers
+
+    def make_room(self, num_slots: int) -> bool:
+        """
+        Puts buffers for texts of so many slots in the place of those in use.
+
+        Returns:
+            `bool`: Whether the device has the memory. If not, the log says so.
+        """
+        capacity = next(size for size in capacities() if size >= num_slots)
+        key = *self.key, capacity
+        known = self.kept.get(key)
+        if known is None or not known.belongs_to(self.target):
+            self.kept.pop(key, None)
+            buffers = self._new_within_memory(capacity)
+            if buffers is None:
+                return False
+            known = KeptSet(buffers, weakref.ref(self.target))
+        self.current_key, self.current = key, known
+        return True
+
+    def grow(self, num_slots: int) -> None:
+        """
+        Makes room in the middle of a text.
+
+        Raises:
+            torch.OutOfMemoryError: If the device has none.
+        """
+        before = self.buffers
+        if not self.make_room(num_slots):
+            raise torch.OutOfMemoryError(f"There is no memory for the caches of {num_slots} tokens a sequence.")
+        self.buffers.take_over(before)
+
+    def rounds(self, size: TreePlan) -> FixedRounds | None:
+        """Rounds of this size on the buffers; `None`, and a line in the log, if they cannot be captured."""
+        rounds = self.current.rounds.get(size)
+        if rounds is None:
+            is_captured = self.target.device.type == "cuda"
+            rounds = self._captured(size) if is_captured else self._new_rounds(size)
+            if rounds is not None:
+                self.current.rounds[size] = rounds
+            if rounds is not None and is_captured:
+                self._keep()
+        return rounds
+
+    def rounds_of_text(self, size: TreePlan) -> FixedRounds:
+        """For a text that has begun: rounds of this size, captured or not."""
+        return self.rounds(size) or self.current.rounds.setdefault(size, self._new_rounds(size))
+
+    def _keep(self) -> None:
+        """Makes the set in use the newest; the oldest go where there are too many, or too large ones."""
+        self.kept[self.current_key] = self.current
+        self.kept.move_to_end(self.current_key)
+        most_bytes = KEPT_SHARE * torch.cuda.get_device_properties(self.target.device).total_memory
+        while len(self.kept) > 1 and (
+            len(self.kept) > MOST_KEPT or sum(each.buffers.num_bytes for each in self.kept.values()) > most_bytes
+        ):
+            self.kept.popitem(last=False)
+
+    def _new_within_memory(self, capacity: int) -> TextBuffers | None:
+        """New buffers; where the device has no room for them, nothing else is kept any more."""
+        for _ in range(2):
+            try:
+                return self._new(capacity)
+            except torch.OutOfMemoryError:
+                for kept in _kept.values():
+                    kept.clear()
+                torch.cuda.empty_cache()
+        give_reason(self.target, f"the device has no memory for {capacity} slots a sequence")
+        return None
+
+    def _captured(self, size: TreePlan) -> FixedRounds | None:
+        """The rounds as graphs; where the target takes no attention but its own, with that."""
+        failed, rounds = _failed.setdefault(self.draft, set()), self._new_rounds(size)
+        if (self.key, size) in failed:
+            return None
+        for fuses in [True, False] if self.is_padded_left and rounds.can_fuse() else [False]:
+            try:
+                with self.stopwatch, self.buffers.unmoved():
+                    rounds.capture(fuses, self.compile_config)
+                return rounds
+            except Exception as error:  # whatever a model raises that asks something of the device
+                reason, is_final = f"{type(error).__name__}: {error}", not isinstance(error, torch.OutOfMemoryError)
+                rounds = self._new_rounds(size)
+        give_reason(self.target, reason)
+        if is_final:
+            failed.add((self.key, size))
+        return None
+
+    def _new(self, capacity: int) -> TextBuffers:
+        return TextBuffers(self.draft, self.largest, self.cache, self.memory, capacity, self.draw)
+
+    def _new_rounds(self, size: TreePlan) -> FixedRounds:
+        return FixedRounds(self.buffers, self.target, self.draft, size, self.warpers, self.cache, self.ends)
+
+
+def capacities() -> Iterator[int]:
+    """The sizes of buffers, in rising order."""
+    capacity = LEAST_CAPACITY
+    while True:
+        yield capacity
+        yield capacity * 3 // 2
+        capacity *= 2
+
+
+def ends_of(transcript: Transcript) -> Ends:
+    """How the sequences of a text end."""
+    eos = [each.eos_token_id for each in transcript.stopping_criteria if type(each) is EosTokenCriteria]
+    pad = transcript.pad_token_id if transcript.freezes else None
+    return Ends(tuple(torch.cat(eos).tolist()) if eos else None, None if pad is None else int(pad))
+
+
+def fingerprint(model: PreTrainedModel) -> int:
+    """Differs if a model's weights have moved, or it computes in another way."""
+    tensors = [*model.parameters(), *model.buffers()]
+    kinds = {kind for kind in set(map(type, model.modules())) if set(dir(kind)) >= ADAPTER_FIELDS}
+    adapters = [
+        (module.disable_adapters, tuple(module.active_adapters), module.merged)
+        for module in model.modules()
+        if type(module) in kinds
+    ]
+    return hash((tuple(tensor.data_ptr() for tensor in tensors), tuple(adapters), model.config._attn_implementation))
+
+
+def repr_of(processor) -> str:
+    """What a stateless processor is and does."""
+    return f"{type(processor).__name__} {sorted(vars(processor).items())}"
+
+
+def give_reason(target: PreTrainedModel, reason: str) -> None:
+    """Says once in the log why a target's rounds have no fixed shapes."""
+    if reason not in _reasons_given:
+        _reasons_given.add(reason)
+        logger.warning("Rounds of %s are not captured as CUDA graphs: %s.", type(target).__name__, reason)
