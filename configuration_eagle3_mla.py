@@ -9,6 +9,10 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.utils.versions import require_version
+
+# Said here, where loading begins: older versions load the head, and fail in the midst of `generate()`.
+require_version("transformers>=5.17", "This draft head needs it: pip install -U transformers")
 
 ATTENTION_TYPES = ("mla", "gqa")
 KV_NORM_TYPES = ("layer_norm", "rms_norm")

@@ -1,6 +1,7 @@
 """Opens target and draft for the command lines, with errors that name the flag."""
 
 import argparse
+import logging
 import os
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from transformers import (
 
 from ..configuration_eagle3_mla import Eagle3MLAConfig
 from ..training.arguments import ATTENTION_BACKENDS
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_BACKENDS = {"mla": "sdpa_mla", "gqa": "sdpa"}
 DTYPES = ("float32", "bfloat16", "float16")
@@ -76,6 +79,7 @@ def load_models(
     draft_config = read_config("--draft-checkpoint", arguments.draft_checkpoint)
     read_config("--target-model-path", arguments.target_model_path)
     kernel = choose_kernel(draft_config, arguments.draft_checkpoint, arguments.attention_backend)
+    kernel = quick_kernel(kernel, device)
     dtype = getattr(torch, arguments.dtype)
     draft = AutoModel.from_pretrained(
         arguments.draft_checkpoint, trust_remote_code=True, attn_implementation=kernel, dtype=dtype
@@ -107,7 +111,9 @@ def read_config(flag: str, path: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=flag == "--draft-checkpoint")
     except OSError as error:
-        raise ValueError(f"`{flag}` cannot be read: {str(error).strip().splitlines()[0]}") from error
+        reason = str(error).strip().splitlines()[0]
+        where = "" if Path(path).is_dir() else f"there is no folder {path} here, and as a Hub repository: "
+        raise ValueError(f"`{flag}` cannot be read: {where}{reason}") from error
 
 
 def choose_kernel(draft_config: PreTrainedConfig, path: str, backend: str | None) -> str:
@@ -129,6 +135,14 @@ def choose_kernel(draft_config: PreTrainedConfig, path: str, backend: str | None
             f'"{draft_config.attention_type}". Use `--attention-backend {usable}`, or convert the checkpoint.'
         )
     return kernel
+
+
+def quick_kernel(kernel: str, device: torch.device) -> str:
+    """The kernel; SDPA for FlexAttention on a CPU, where it is not fused: twice the seconds of a whole call."""
+    if kernel != "flex_attention" or device.type != "cpu":
+        return kernel
+    logger.warning("FlexAttention is slow on the CPU; the sdpa backend of the same attention takes its place.")
+    return "sdpa"
 
 
 def check_writable(folder: Path) -> None:

@@ -1,5 +1,8 @@
 """Bounds, derived defaults and what a draft takes over from its target."""
 
+import importlib.metadata
+import importlib.util
+
 import pytest
 from transformers import (
     DeepseekV3Config,
@@ -12,7 +15,17 @@ from transformers import (
     T5Config,
 )
 
+from eagle3_mla import configuration_eagle3_mla
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig, default_aux_layer_ids
+
+
+def test_older_transformers_are_refused_when_loading_begins(monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", {"transformers": "5.16.2"}.get)
+    spec = importlib.util.spec_from_file_location("loaded_again", configuration_eagle3_mla.__file__)
+    with pytest.raises(
+        ImportError, match=r"transformers>=5.17 is required .* found transformers==5.16.2.\nThis draft"
+    ):
+        spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
 def test_latent_is_an_eighth_of_the_standard_cache_by_default():

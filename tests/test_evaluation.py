@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from eagle3_mla import Eagle3MLAConfig, Eagle3MLADraftModel
 from eagle3_mla.evaluation import cli
+from eagle3_mla.evaluation.loading import quick_kernel
 from eagle3_mla.evaluation.measure import (
     Comparison,
     Decoding,
@@ -262,6 +263,24 @@ def test_command_writes_results_report_and_provenance(checkpoints):
     assert {"argv", "commit", "versions", "hardware"} <= origin.keys()
 
 
+def test_sdpa_takes_the_place_of_flex_attention_on_the_cpu_aloud(checkpoints, caplog):
+    extra = ["--attention-backend", "flex_attention_mla", "--num-samples", "1", "--device", "cpu"]
+    assert cli.main(arguments(checkpoints, *extra)) == 0
+    assert caplog.messages == [
+        "FlexAttention is slow on the CPU; the sdpa backend of the same attention takes its place."
+    ]
+    results = json.loads((checkpoints.output / "results.json").read_text())
+    assert results["settings"]["attention_kernel"] == "sdpa"
+
+
+@pytest.mark.parametrize(
+    ("kernel", "device", "expected"),
+    [("flex_attention", "cuda", "flex_attention"), ("eager", "cpu", "eager"), ("sdpa", "cpu", "sdpa")],
+)
+def test_other_kernels_and_devices_stay(kernel, device, expected):
+    assert quick_kernel(kernel, torch.device(device)) == expected
+
+
 def test_prompts_come_from_the_dataset(checkpoints, tmp_path):
     dataset = tmp_path / "conversations.jsonl"
     dataset.write_text("".join(json.dumps({"id": f"row{n}", "messages": [QUESTION, ANSWER]}) + "\n" for n in range(3)))
@@ -298,6 +317,19 @@ def test_wrong_input_is_one_message_and_leaves_nothing(checkpoints, caplog, extr
     assert len(caplog.records) == 1
     assert message in caplog.text
     assert not checkpoints.output.exists()
+
+
+def test_a_repository_that_cannot_be_read_is_told_to_be_no_folder_either(checkpoints, caplog, monkeypatch):
+    def fail(*arguments, **settings):
+        raise OSError("no connection\nmore")
+
+    monkeypatch.setattr("eagle3_mla.evaluation.loading.AutoConfig.from_pretrained", fail)
+    assert cli.main(arguments(checkpoints, "--draft-checkpoint", "outputs/missing")) == 2
+    [message] = caplog.messages
+    assert message.endswith(
+        "`--draft-checkpoint` cannot be read: there is no folder outputs/missing here, and as a Hub repository: "
+        "no connection"
+    )
 
 
 def test_a_draft_of_another_target_is_refused(checkpoints, tiny_target, caplog):

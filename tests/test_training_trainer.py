@@ -193,7 +193,10 @@ def test_the_order_of_rows_follows_the_seed_of_the_data(target_path, dataset_pat
 
 WRONG_REQUESTS = {
     "missing dataset": ({"--dataset": "./nowhere.jsonl"}, "nowhere.jsonl does not exist"),
-    "missing target": ({"--model-path": "./nowhere"}, "The target ./nowhere cannot be loaded"),
+    "missing target": (
+        {"--model-path": "./nowhere"},
+        "The target ./nowhere cannot be loaded: there is no such folder here",
+    ),
     "draft vocabulary too large": (
         {"--draft-vocab-size": "100000"},
         "`--draft-vocab-size` must be between 1 and the target's",

@@ -228,7 +228,7 @@ target = AutoModelForCausalLM.from_pretrained("{target}")
 tokenizer = AutoTokenizer.from_pretrained("{target}")
 draft = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
 inputs = tokenizer("...", return_tensors="pt")
-print(tokenizer.decode(target.generate(**inputs, assistant_model=draft)[0]))
+print(tokenizer.decode(target.generate(**inputs, assistant_model=draft, max_new_tokens=128)[0]))
 ```
 
 ## Measured

@@ -326,7 +326,8 @@ def load_target_config(model_path: str) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(model_path)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"The target {model_path} cannot be loaded: {reason}") from error
+        where = "" if Path(model_path).is_dir() else "there is no such folder here, and as a Hub repository: "
+        raise ValueError(f"The target {model_path} cannot be loaded: {where}{reason}") from error
 
 
 def draft_config(target_config: PreTrainedConfig, settings: DraftArguments) -> Eagle3MLAConfig:
