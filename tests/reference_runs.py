@@ -78,14 +78,16 @@ def run_interrupted(flags: dict[str, str], num_steps: int, *more: str) -> None:
             run(flags, *more)
 
 
-def run_whole_and_joined(flags: dict[str, str], num_steps: int) -> tuple[Path, Path]:
-    """Newest checkpoint of a run, and of the same one after an interruption and a resumption."""
-    joined = flags | {"--output-dir": flags["--output-dir"] + "-joined"}
+def run_whole_and_joined(flags: dict[str, str], interruptions: list[int]) -> tuple[Path, list[Path]]:
+    """Newest checkpoint of a run, and of the same one interrupted after each of these numbers of steps and resumed."""
     run(flags)
-    run_interrupted(joined, num_steps)
-    run(joined, "--resume-from-checkpoint")
-    whole_dir, joined_dir = (Path(each["--output-dir"]) / "checkpoint" for each in (flags, joined))
-    return whole_dir, joined_dir
+    joined_dirs = []
+    for num_steps in interruptions:
+        joined = flags | {"--output-dir": f"{flags['--output-dir']}-joined-{num_steps}"}
+        run_interrupted(joined, num_steps)
+        run(joined, "--resume-from-checkpoint")
+        joined_dirs.append(Path(joined["--output-dir"]) / "checkpoint")
+    return Path(flags["--output-dir"]) / "checkpoint", joined_dirs
 
 
 def assert_same_bits(whole: Path, joined: Path, weights_name: str) -> None:

@@ -81,12 +81,12 @@ def test_accumulated_micro_batches_have_the_gradient_of_one_batch(target_path, d
     assert all(gradient.abs().max() > 0 for gradient in gradients[0].values())
 
 
-@pytest.mark.parametrize("num_steps", [3, 5, 7])
-def test_an_interrupted_and_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(num_steps, command):
+def test_an_interrupted_and_resumed_run_ends_with_the_bits_of_an_uninterrupted_one(command):
     """Interrupted after 3, 5 and 7 of 8 steps, 3 to an epoch: resumed at 2, 4 and 6, within and between epochs."""
-    whole, joined = run_whole_and_joined(command, num_steps)
-    assert joined.resolve().name == "checkpoint-8"
-    assert_same_bits(whole, joined, "model.safetensors")
+    whole, all_joined = run_whole_and_joined(command, [3, 5, 7])
+    for joined in all_joined:
+        assert joined.resolve().name == "checkpoint-8"
+        assert_same_bits(whole, joined, "model.safetensors")
 
 
 def test_a_kill_while_saving_leaves_the_checkpoint_before_it(command, tmp_path, monkeypatch):
