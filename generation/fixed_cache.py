@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from .opaque_ops import write_to_slots_op
 from .slot_writing import write_to_slots
 
 
@@ -36,8 +35,7 @@ class FixedLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Writes `(B, G, N, width)` at the slots and returns the buffers."""
-        write = write_to_slots_op if torch.compiler.is_compiling() else write_to_slots
-        write(self.keys, self.values, self.slots, key_states, value_states)
+        write_to_slots(self.keys, self.values, self.slots, key_states, value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .latent_attention import DraftedSlots, RotatedKeys, attend_latents
-from .slot_writing import write_to_slots
 from .tree_attention import attend_tree
 
 # Operators are global, and two versions of this package may be loaded.
@@ -61,9 +60,3 @@ def latent_attention_op(
 @latent_attention_op.register_fake
 def _(query, c_kv, k_rope, lengths, sees, positions, scaling, w_uk, inv_freq, attention_scaling):
     return query.new_empty(*query.shape[:3], c_kv.shape[-1])
-
-
-@torch.library.custom_op(f"{NAMESPACE}::write_to_slots", mutates_args=("keys", "values"))
-def write_to_slots_op(keys: Tensor, values: Tensor, slots: Tensor, key_states: Tensor, value_states: Tensor) -> None:
-    """As [`write_to_slots`]; a compiler would copy all slots to write into some."""
-    write_to_slots(keys, values, slots, key_states, value_states)

@@ -1,5 +1,7 @@
 """New keys and values into the slots of a fixed cache, on a GPU by one kernel for both.
 
+A compiler gets PyTorch's own operations, which it fuses itself.
+
 Shapes: B batch, G key-value heads, K slots, N new positions.
 """
 
@@ -20,7 +22,7 @@ def write_to_slots(keys: Tensor, values: Tensor, slots: Tensor, key_states: Tens
 
     **Effects**: overwrites slots of `keys` and `values`.
     """
-    if not keys.is_cuda or not can_run_kernels():
+    if torch.compiler.is_compiling() or not keys.is_cuda or not can_run_kernels():
         return write_by_definition(keys, values, slots, key_states, value_states)
     from .fused_kernels_triton import write
 
