@@ -28,10 +28,11 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MIN_BLOCK = 16  # of a dimension of a matrix product
-BLOCK_SLOTS = 64  # bits of the integer that says which of them a row sees
 ABSORBED_ENTRIES = 64
 JOINED_PARTS = 16
-JOINED_ENTRIES = 32
+JOINED_ENTRIES = 128
+# Of a multiprocessor of an H100, less what each of two programs needs besides.
+SHARED_BYTES = 220 * 1024
 CPU_PROGRAMS = 12
 
 
@@ -45,11 +46,12 @@ def attend(
     num_slots, latent_dim = c_kv.shape[2:]
     (num_groups, head_dim, _), rope_dim = w_uk.shape, k_rope.shape[-1]
     num_key_groups = num_groups if rope_dim == 0 else 1
-    tile = tile_sizes(num_heads // num_key_groups * num_rows, latent_dim, rope_dim == 0)
+    tile = tile_sizes(num_heads // num_key_groups * num_rows, latent_dim, rope_dim)
     num_row_tiles = triton.cdiv(num_heads // num_key_groups * num_rows, tile["BLOCK_ROWS"])
     # Not one program more than run at once: the last few would double the time.
-    max_parts = num_programs(query.device) // (batch_size * num_key_groups * num_row_tiles)
-    num_parts = max(1, min(triton.cdiv(num_slots, BLOCK_SLOTS), max_parts))
+    max_programs = num_programs(query.device, programs_per_sm(tile, latent_dim, rope_dim))
+    max_parts = max_programs // (batch_size * num_key_groups * num_row_tiles)
+    num_parts = max(1, min(triton.cdiv(num_slots, tile["BLOCK_SLOTS"]), max_parts))
     partial = query.new_empty(batch_size, num_parts, num_heads, num_rows, latent_dim, dtype=torch.float32)
     maxima, totals = query.new_empty(2, *partial.shape[:-1], dtype=torch.float32)
     lengths, first = lengths.contiguous(), lengths if first is None else first.contiguous()
@@ -90,7 +92,6 @@ def attend(
         OVERLAPS=bool(overlap),
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
         BLOCK_KEY=block_of(head_dim // 2 if rope_dim == 0 else rope_dim),
-        BLOCK_SLOTS=BLOCK_SLOTS,
         **tile,
         **(overlap if rope_dim > 0 else {}),
     )
@@ -111,10 +112,11 @@ def attend(
         BLOCK_LATENT=block_of(latent_dim),
         HEAD_DIM=head_dim,
         BLOCK_ENTRIES=JOINED_ENTRIES,
-        BLOCK_SLOTS=BLOCK_SLOTS,
-        MAX_PARTS=triton.next_power_of_2(num_programs(query.device)),
+        BLOCK_SLOTS=tile["BLOCK_SLOTS"],
+        MAX_PARTS=triton.next_power_of_2(max_programs),
         BLOCK_PARTS=JOINED_PARTS,
         OVERLAPS=bool(overlap),
+        num_warps=8,
         **overlap,
     )
     return output.transpose(1, 2)
@@ -151,23 +153,33 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 0 else tensor.contiguous()
 
 
-def tile_sizes(num_rows: int, latent_dim: int, is_rotated: bool) -> dict[str, int]:
-    """Sizes of a tile, and its warps and stages: shared memory holds tiles, their queries and a group's key matrix."""
+def tile_sizes(num_rows: int, latent_dim: int, rope_dim: int) -> dict[str, int]:
+    """Sizes of a tile, its warps and stages; shared memory holds tiles, their queries and a group's key matrix."""
+    is_long = rope_dim == 0 and latent_dim <= 256
+    block_rows = 16 if num_rows <= (16 if rope_dim == 0 else 32) or latent_dim > 256 else 32
+    num_stages = 3 if rope_dim > 0 and latent_dim <= 256 and block_rows == 16 else 2
     return {
         "CHUNK": latent_dim & -latent_dim,
-        "BLOCK_ROWS": 16 if num_rows <= 32 else 32,
-        "num_warps": 4,
-        "num_stages": 1 if is_rotated else 3,
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_SLOTS": 128 if is_long else 64,
+        "num_warps": 8 if is_long else 4,
+        "num_stages": 1 if rope_dim == 0 and not is_long else num_stages,
     }
+
+
+def programs_per_sm(tile: dict[str, int], latent_dim: int, rope_dim: int) -> int:
+    """How many programs share a multiprocessor; two where both find room."""
+    num_bytes = 2 * (latent_dim + rope_dim) * (tile["num_stages"] * tile["BLOCK_SLOTS"] + tile["BLOCK_ROWS"])
+    return 2 if rope_dim > 0 and 2 * num_bytes <= SHARED_BYTES else 1
 
 
 def block_of(size: int) -> int:
     return max(MIN_BLOCK, triton.next_power_of_2(size))
 
 
-def num_programs(device: torch.device) -> int:
+def num_programs(device: torch.device, per_sm: int) -> int:
     """How many programs run at once."""
-    return sm_count(device) if device.type == "cuda" else CPU_PROGRAMS
+    return per_sm * sm_count(device) if device.type == "cuda" else CPU_PROGRAMS
 
 
 @functools.cache
@@ -235,6 +247,12 @@ def _cos_sin(angle):
 
 
 @triton.jit
+def _angles(position, inv_freq):
+    """Cosines and sines of RoPE at `position (L,)`, `(L, F)` each."""
+    return _cos_sin(position.to(tl.float32)[:, None] * inv_freq[None, :])
+
+
+@triton.jit
 def _turned(first, second, cos, sin):
     """Turns pairs by an angle."""
     return first * cos - second * sin, second * cos + first * sin
@@ -244,15 +262,6 @@ def _turned(first, second, cos, sin):
 def _sides_joined(first, second):
     """`(X, F)` twice -> `(X, 2F)`, entries taking turns."""
     return tl.reshape(tl.join(first, second), (first.shape[0], 2 * first.shape[1]))
-
-
-@triton.jit
-def _seen_bits(sees_ptr, row, is_row, drafted, is_held, num_drafted):
-    """Which slots of a tile each row sees, as bits `(N,)`: all that are held, of the drafted ones its own."""
-    is_asked = is_row[:, None] & (is_held & (drafted >= 0))[None, :]
-    seen = tl.load(sees_ptr + row[:, None] * num_drafted + drafted[None, :], mask=is_asked, other=1)
-    place = tl.arange(0, drafted.shape[0]).to(tl.int64)
-    return tl.sum(((seen != 0) & is_held[None, :]).to(tl.int64) << place[None, :], axis=1)
 
 
 @triton.jit
@@ -322,7 +331,7 @@ def _part_kernel(
         side, pair = tl.arange(0, 2 * BLOCK_KEY) % 2, tl.arange(0, 2 * BLOCK_KEY) // 2
         w_offset = (group * HEAD_DIM + side * KEY_DIM + pair) * LATENT_DIM
         matrices = _load_chunks(w_uk_ptr, w_offset, pair < KEY_DIM, NUM_CHUNKS, CHUNK)
-        cos, sin = _cos_sin(place.to(tl.float32)[:, None] * inv_freq[None, :])
+        cos, sin = _angles(place, inv_freq)
         tile_cos, tile_sin = _cos_sin((begin * BLOCK_SLOTS - first_slot).to(tl.float32) * inv_freq)
         step_cos, step_sin = _cos_sin(BLOCK_SLOTS * inv_freq)
     else:
@@ -330,8 +339,9 @@ def _part_kernel(
         latent_offset = ((batch * num_heads + head) * num_rows + row) * LATENT_DIM
         queries = _load_chunks(latent_query_ptr, latent_offset, is_row, NUM_CHUNKS, CHUNK)
 
-    c_kv_ptr += batch * c_kv_batch
-    k_rope_ptr += batch * k_rope_batch
+    # Of the first tile; only from tile to tile an offset may need 64 bits.
+    c_kv_ptr += batch * c_kv_batch + begin.to(tl.int64) * BLOCK_SLOTS * c_kv_slot
+    k_rope_ptr += batch * k_rope_batch + begin.to(tl.int64) * BLOCK_SLOTS * k_rope_slot
     sees_ptr += batch * num_rows * num_drafted
     positions_ptr += batch * num_drafted
     # Exponentials are powers of two.
@@ -346,38 +356,36 @@ def _part_kernel(
         slot = tile * BLOCK_SLOTS + place
         drafted = slot - (length - num_drafted)
         is_held = (slot >= first_slot) & (slot < length)
-        tiles = _load_chunks(c_kv_ptr, slot.to(tl.int64) * c_kv_slot, is_held, NUM_CHUNKS, CHUNK)
+        is_drafted = is_held & (drafted >= 0)
+        tiles = _load_chunks(c_kv_ptr, place * c_kv_slot, is_held, NUM_CHUNKS, CHUNK)
+        c_kv_ptr += BLOCK_SLOTS * c_kv_slot
         if IS_ROTATED:
             keys = tl.dot(tiles[0], tl.trans(matrices[0]), input_precision=PRECISION)
             for chunk in tl.static_range(1, NUM_CHUNKS):
                 keys = tl.dot(tiles[chunk], tl.trans(matrices[chunk]), keys, input_precision=PRECISION)
             first_key, second_key = tl.split(tl.reshape(keys, (BLOCK_SLOTS, BLOCK_KEY, 2)))
             if tile >= last:
-                # A drafted slot's place is not its position: turned to that, and back by what the others are turned.
-                is_drafted = is_held & (drafted >= 0)
-                position = tl.load(positions_ptr + drafted, mask=is_drafted, other=0).to(tl.float32)
-                own_cos, own_sin = _cos_sin(position[:, None] * inv_freq[None, :])
-                own_cos, own_sin = _turned(own_cos, own_sin, tile_cos[None, :], -tile_sin[None, :])
-                own_cos, own_sin = _turned(own_cos, own_sin, cos, -sin)
-                own_cos = tl.where(is_drafted[:, None], own_cos, 1.0)
-                own_sin = tl.where(is_drafted[:, None], own_sin, 0.0)
+                # A drafted slot's place is not its position: keys are turned to the one and back by the other.
+                own = tl.load(positions_ptr + drafted, mask=is_drafted, other=0)
+                own_cos, own_sin = _angles(tl.where(is_drafted, own, slot - first_slot), inv_freq)
                 first_key, second_key = _turned(first_key, second_key, own_cos, own_sin)
+                place_cos, place_sin = _angles(slot - first_slot, inv_freq)
+                first_key, second_key = _turned(first_key, second_key, place_cos, -place_sin)
             keys = _sides_joined(*_turned(first_key, second_key, cos, sin)).to(tiles[0].dtype)
             turned = _turned(first_query, second_query, tile_cos[None, :], -tile_sin[None, :])
             tile_cos, tile_sin = _turned(tile_cos, tile_sin, step_cos, step_sin)
             tile_query = _sides_joined(*turned).to(tiles[0].dtype)
             scores = tl.dot(keys, tl.trans(tile_query), input_precision=PRECISION)
         else:
-            ropes = _load_rows(k_rope_ptr, slot.to(tl.int64) * k_rope_slot, is_held, key_entry, is_key_entry)
+            ropes = _load_rows(k_rope_ptr, place * k_rope_slot, is_held, key_entry, is_key_entry)
+            k_rope_ptr += BLOCK_SLOTS * k_rope_slot
             scores = tl.dot(ropes, tl.trans(rope_query), input_precision=PRECISION)
             for chunk in tl.static_range(NUM_CHUNKS):
                 scores = tl.dot(tiles[chunk], tl.trans(queries[chunk]), scores, input_precision=PRECISION)
 
-        seen = tl.full([BLOCK_ROWS], -1, tl.int64)
-        if (tile >= last) | (tile * BLOCK_SLOTS < first_slot):
-            seen = _seen_bits(sees_ptr, row, is_row, drafted, is_held, num_drafted)
-        is_seen = ((seen[None, :] >> place.to(tl.int64)[:, None]) & 1) != 0
-        scores = tl.where(is_seen, scores * scaling, float("-inf"))
+        sees_address = sees_ptr + row[None, :] * num_drafted + drafted[:, None]
+        sees = tl.load(sees_address, mask=is_drafted[:, None] & is_row[None, :], other=1)
+        scores = tl.where(is_held[:, None] & (sees != 0), scores * scaling, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
         # A row that has seen nothing yet: any finite number does.
         reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
