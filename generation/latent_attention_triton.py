@@ -265,6 +265,32 @@ def _sides_joined(first, second):
 
 
 @triton.jit
+def _keys(tiles, matrices, BLOCK_KEY: tl.constexpr, PRECISION: tl.constexpr):
+    """Both halves of the keys of a tile before they are turned, `(L, F)` each, float32."""
+    keys = tl.dot(tiles[0], tl.trans(matrices[0]), input_precision=PRECISION)
+    for chunk in tl.static_range(1, len(tiles)):
+        keys = tl.dot(tiles[chunk], tl.trans(matrices[chunk]), keys, input_precision=PRECISION)
+    return tl.split(tl.reshape(keys, (keys.shape[0], BLOCK_KEY, 2)))
+
+
+@triton.jit
+def _add_to_softmax(sums, maximum, total, scores, tiles, PRECISION: tl.constexpr):
+    """Adds a tile to the running softmax; `scores (L, N)` are logarithms to base 2, `total (L, N)` a sum by slot."""
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
+    # A row that has seen nothing yet: any finite number does.
+    reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    weights, shrink = tl.exp2(scores - reference[None, :]), tl.exp2(maximum - reference)
+    # Not summed over the slots before the end: warps would have to wait for each other.
+    total = total * shrink[None, :] + weights
+    weights = weights.to(tiles[0].dtype)
+    new_sums = ()
+    for chunk in tl.static_range(len(tiles)):
+        shrunk = sums[chunk] * shrink[None, :]
+        new_sums = new_sums + (tl.dot(tl.trans(tiles[chunk]), weights, shrunk, input_precision=PRECISION),)  # noqa: RUF005
+    return new_sums, new_maximum, total
+
+
+@triton.jit
 def _part_kernel(
     query_ptr,
     latent_query_ptr,
@@ -360,10 +386,7 @@ def _part_kernel(
         tiles = _load_chunks(c_kv_ptr, place * c_kv_slot, is_held, NUM_CHUNKS, CHUNK)
         c_kv_ptr += BLOCK_SLOTS * c_kv_slot
         if IS_ROTATED:
-            keys = tl.dot(tiles[0], tl.trans(matrices[0]), input_precision=PRECISION)
-            for chunk in tl.static_range(1, NUM_CHUNKS):
-                keys = tl.dot(tiles[chunk], tl.trans(matrices[chunk]), keys, input_precision=PRECISION)
-            first_key, second_key = tl.split(tl.reshape(keys, (BLOCK_SLOTS, BLOCK_KEY, 2)))
+            first_key, second_key = _keys(tiles, matrices, BLOCK_KEY, PRECISION)
             if tile >= last:
                 # A drafted slot's place is not its position: keys are turned to the one and back by the other.
                 own = tl.load(positions_ptr + drafted, mask=is_drafted, other=0)
@@ -382,24 +405,10 @@ def _part_kernel(
             scores = tl.dot(ropes, tl.trans(rope_query), input_precision=PRECISION)
             for chunk in tl.static_range(NUM_CHUNKS):
                 scores = tl.dot(tiles[chunk], tl.trans(queries[chunk]), scores, input_precision=PRECISION)
-
         sees_address = sees_ptr + row[None, :] * num_drafted + drafted[:, None]
         sees = tl.load(sees_address, mask=is_drafted[:, None] & is_row[None, :], other=1)
         scores = tl.where(is_held[:, None] & (sees != 0), scores * scaling, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
-        # A row that has seen nothing yet: any finite number does.
-        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights, shrink = tl.exp2(scores - reference[None, :]), tl.exp2(maximum - reference)
-        maximum = new_maximum
-        # Summed over the slots of a tile at the end only: warps would have to wait for each other.
-        total = total * shrink[None, :] + weights
-        weights = weights.to(tiles[0].dtype)
-        new_sums = ()
-        for chunk in tl.static_range(NUM_CHUNKS):
-            shrunk = sums[chunk] * shrink[None, :]
-            shrunk = tl.dot(tl.trans(tiles[chunk]), weights, shrunk, input_precision=PRECISION)
-            new_sums = new_sums + (shrunk,)  # noqa: RUF005
-        sums = new_sums
+        sums, maximum, total = _add_to_softmax(sums, maximum, total, scores, tiles, PRECISION)
 
     part_row = (batch * tl.num_programs(1) + part) * num_heads * num_rows
     in_part = head * num_rows + row
