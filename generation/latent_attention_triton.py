@@ -34,6 +34,7 @@ JOINED_ENTRIES = 128
 # Of a multiprocessor of an H100, less what each of two programs needs besides.
 SHARED_BYTES = 220 * 1024
 CPU_PROGRAMS = 12
+LOG2_E = 1.4426950408889634  # exponentials are powers of two
 
 
 def attend(
@@ -74,7 +75,7 @@ def attend(
         partial,
         maxima,
         totals,
-        scaling * (projections.attention_scaling if rope_dim == 0 else 1.0),
+        LOG2_E * scaling * (projections.attention_scaling if rope_dim == 0 else 1.0),
         *query.stride()[:3],
         c_kv.stride(0),
         c_kv.stride(2),
@@ -203,6 +204,14 @@ def _tiles_of_part(length, num_parts, BLOCK_SLOTS: tl.constexpr):
 
 
 @triton.jit
+def _own_tiles(length, BLOCK_SLOTS: tl.constexpr):
+    """First tile of this program's part, and the one behind its last."""
+    num_tiles, tiles_per_part = _tiles_of_part(length, tl.num_programs(1), BLOCK_SLOTS)
+    begin = tl.program_id(1) * tiles_per_part
+    return begin, tl.minimum(begin + tiles_per_part, num_tiles)
+
+
+@triton.jit
 def _rows_of_group(num_heads, num_rows, NUM_GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
     """Of this program: its group, and heads and rows; all rows of a group's first head, then those of the next."""
     group, row_tile = tl.program_id(0) % NUM_GROUPS, tl.program_id(0) // NUM_GROUPS
@@ -226,6 +235,16 @@ def _load_chunks(pointer, row_offset, is_row, NUM_CHUNKS: tl.constexpr, CHUNK: t
         address = pointer + row_offset[:, None] + (chunk * CHUNK + tl.arange(0, CHUNK))[None, :]
         chunks = chunks + (tl.load(address, mask=is_row[:, None], other=0.0),)  # noqa: RUF005
     return chunks
+
+
+@triton.jit
+def _load_sides(
+    w_uk_ptr, row, KEY_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """W_uk of a head that begins at `row`, rows of its two halves taking turns, as chunks `(2F, E)`."""
+    side, pair = tl.arange(0, 2 * BLOCK_KEY) % 2, tl.arange(0, 2 * BLOCK_KEY) // 2
+    row_offset = (row + side * KEY_DIM + pair) * (NUM_CHUNKS * CHUNK)
+    return _load_chunks(w_uk_ptr, row_offset, pair < KEY_DIM, NUM_CHUNKS, CHUNK)
 
 
 @triton.jit
@@ -253,14 +272,38 @@ def _angles(position, inv_freq):
 
 
 @triton.jit
-def _turned(first, second, cos, sin):
-    """Turns pairs by an angle."""
+def _turned(pairs, angles):
+    """Turns pairs, such as the halves of keys, by angles; two angles are added this way too."""
+    first, second = pairs
+    cos, sin = angles
     return first * cos - second * sin, second * cos + first * sin
 
 
 @triton.jit
-def _sides_joined(first, second):
+def _back(angles):
+    cos, sin = angles
+    return cos, -sin
+
+
+@triton.jit
+def _columns(angles):
+    """Angles of frequencies, `(F,)`, as those of all rows, `(1, F)`."""
+    cos, sin = angles
+    return cos[None, :], sin[None, :]
+
+
+@triton.jit
+def _moved(keys, place, position_address, is_drafted, inv_freq):
+    """Keys so turned that what will turn them to `place (L,)` turns drafted ones to their own position."""
+    position = tl.load(position_address, mask=is_drafted, other=0)
+    position = tl.where(is_drafted, position, place)
+    return _turned(_turned(keys, _angles(position, inv_freq)), _back(_angles(place, inv_freq)))
+
+
+@triton.jit
+def _sides_joined(pairs):
     """`(X, F)` twice -> `(X, 2F)`, entries taking turns."""
+    first, second = pairs
     return tl.reshape(tl.join(first, second), (first.shape[0], 2 * first.shape[1]))
 
 
@@ -288,6 +331,50 @@ def _add_to_softmax(sums, maximum, total, scores, tiles, PRECISION: tl.constexpr
         shrunk = sums[chunk] * shrink[None, :]
         new_sums = new_sums + (tl.dot(tl.trans(tiles[chunk]), weights, shrunk, input_precision=PRECISION),)  # noqa: RUF005
     return new_sums, new_maximum, total
+
+
+@triton.jit
+def _empty_softmax(NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr):
+    """Sums `(E, N)`, maximum `(N,)` and total `(L, N)` of no slots."""
+    sums = ()
+    for _chunk in tl.static_range(NUM_CHUNKS):
+        sums = sums + (tl.zeros([CHUNK, BLOCK_ROWS], tl.float32),)  # noqa: RUF005
+    return sums, tl.full([BLOCK_ROWS], float("-inf"), tl.float32), tl.zeros([BLOCK_SLOTS, BLOCK_ROWS], tl.float32)
+
+
+@triton.jit
+def _rotated_scores(keys, angles, queries, tile_angles, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Of keys turned by their place in the tile and queries turned back by the place of the tile."""
+    keys = _sides_joined(_turned(keys, angles)).to(dtype)
+    query = _sides_joined(_turned(queries, _back(_columns(tile_angles)))).to(dtype)
+    return tl.dot(keys, tl.trans(query), input_precision=PRECISION)
+
+
+@triton.jit
+def _absorbed_scores(tiles, ropes, queries, rope_query, PRECISION: tl.constexpr):
+    scores = tl.dot(ropes, tl.trans(rope_query), input_precision=PRECISION)
+    for chunk in tl.static_range(len(tiles)):
+        scores = tl.dot(tiles[chunk], tl.trans(queries[chunk]), scores, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+def _shown(scores, sees_ptr, row, is_row, drafted, is_held, is_drafted, num_drafted):
+    """Minus infinity where a row does not see a slot: those not held, and drafted ones that are not its own."""
+    address = sees_ptr + row[None, :] * num_drafted + drafted[:, None]
+    sees = tl.load(address, mask=is_drafted[:, None] & is_row[None, :], other=1)
+    return tl.where(is_held[:, None] & (sees != 0), scores, float("-inf"))
+
+
+@triton.jit
+def _store_part(partial_ptr, maxima_ptr, totals_ptr, sums, maximum, total, out_row, is_row):
+    CHUNK: tl.constexpr = sums[0].shape[0]
+    for chunk in tl.static_range(len(sums)):
+        entry = chunk * CHUNK + tl.arange(0, CHUNK)
+        address = partial_ptr + out_row[None, :] * (len(sums) * CHUNK) + entry[:, None]
+        tl.store(address, sums[chunk], mask=is_row[None, :])
+    tl.store(maxima_ptr + out_row, maximum, mask=is_row)
+    tl.store(totals_ptr + out_row, tl.sum(total, axis=0), mask=is_row)
 
 
 @triton.jit
@@ -332,15 +419,12 @@ def _part_kernel(
     NUM_CHUNKS: tl.constexpr = LATENT_DIM // CHUNK
     IS_ROTATED: tl.constexpr = ROPE_DIM == 0
     KEY_DIM: tl.constexpr = HEAD_DIM // 2 if IS_ROTATED else ROPE_DIM
-    part, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     if OVERLAPS:
         gdc_launch_dependents()
+    batch = tl.program_id(2).to(tl.int64)
     length = tl.minimum(tl.load(lengths_ptr + batch), num_slots)
-    first_slot = 0
-    if HAS_FIRST:
-        first_slot = tl.load(first_ptr + batch)
-    num_tiles, tiles_per_part = _tiles_of_part(length, tl.num_programs(1), BLOCK_SLOTS)
-    begin, end = part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, num_tiles)
+    first_slot = tl.load(first_ptr + batch) if HAS_FIRST else 0
+    begin, end = _own_tiles(length, BLOCK_SLOTS)
     if OVERLAPS and not IS_ROTATED:
         gdc_wait()
     if begin >= end:
@@ -348,76 +432,48 @@ def _part_kernel(
 
     group, head, row, is_row = _rows_of_group(num_heads, num_rows, NUM_GROUPS, BLOCK_ROWS)
     query_offset = batch * query_batch + head * query_head + row * query_row
-    key_entry, place = tl.arange(0, BLOCK_KEY), tl.arange(0, BLOCK_SLOTS)
+    place, key_entry = tl.arange(0, BLOCK_SLOTS), tl.arange(0, BLOCK_KEY)
     is_key_entry = key_entry < KEY_DIM
     if IS_ROTATED:
         inv_freq = tl.load(inv_freq_ptr + key_entry, mask=is_key_entry, other=0.0)
-        first_query = _load_rows(query_ptr, query_offset, is_row, key_entry, is_key_entry)
-        second_query = _load_rows(query_ptr + KEY_DIM, query_offset, is_row, key_entry, is_key_entry)
-        side, pair = tl.arange(0, 2 * BLOCK_KEY) % 2, tl.arange(0, 2 * BLOCK_KEY) // 2
-        w_offset = (group * HEAD_DIM + side * KEY_DIM + pair) * LATENT_DIM
-        matrices = _load_chunks(w_uk_ptr, w_offset, pair < KEY_DIM, NUM_CHUNKS, CHUNK)
-        cos, sin = _angles(place, inv_freq)
-        tile_cos, tile_sin = _cos_sin((begin * BLOCK_SLOTS - first_slot).to(tl.float32) * inv_freq)
-        step_cos, step_sin = _cos_sin(BLOCK_SLOTS * inv_freq)
+        queries = (
+            _load_rows(query_ptr, query_offset, is_row, key_entry, is_key_entry),
+            _load_rows(query_ptr + KEY_DIM, query_offset, is_row, key_entry, is_key_entry),
+        )
+        matrices = _load_sides(w_uk_ptr, group * HEAD_DIM, KEY_DIM, BLOCK_KEY, NUM_CHUNKS, CHUNK)
+        angles, step_angles = _angles(place, inv_freq), _cos_sin(BLOCK_SLOTS * inv_freq)
+        tile_angles = _cos_sin((begin * BLOCK_SLOTS - first_slot).to(tl.float32) * inv_freq)
     else:
         rope_query = _load_rows(query_ptr + HEAD_DIM, query_offset, is_row, key_entry, is_key_entry)
-        latent_offset = ((batch * num_heads + head) * num_rows + row) * LATENT_DIM
-        queries = _load_chunks(latent_query_ptr, latent_offset, is_row, NUM_CHUNKS, CHUNK)
+        query_offset = ((batch * num_heads + head) * num_rows + row) * LATENT_DIM
+        queries = _load_chunks(latent_query_ptr, query_offset, is_row, NUM_CHUNKS, CHUNK)
 
     # Of the first tile; only from tile to tile an offset may need 64 bits.
     c_kv_ptr += batch * c_kv_batch + begin.to(tl.int64) * BLOCK_SLOTS * c_kv_slot
     k_rope_ptr += batch * k_rope_batch + begin.to(tl.int64) * BLOCK_SLOTS * k_rope_slot
-    sees_ptr += batch * num_rows * num_drafted
-    positions_ptr += batch * num_drafted
-    # Exponentials are powers of two.
-    scaling = scaling * 1.4426950408889634
-    sums = ()
-    for _chunk in tl.static_range(NUM_CHUNKS):
-        sums = sums + (tl.zeros([CHUNK, BLOCK_ROWS], tl.float32),)  # noqa: RUF005
-    maximum = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_SLOTS, BLOCK_ROWS], tl.float32)
-    last = tl.maximum(length - num_drafted, 0) // BLOCK_SLOTS
+    sees_ptr, positions_ptr = sees_ptr + batch * num_rows * num_drafted, positions_ptr + batch * num_drafted
+    sums, maximum, total = _empty_softmax(NUM_CHUNKS, CHUNK, BLOCK_ROWS, BLOCK_SLOTS)
     for tile in range(begin, end):
         slot = tile * BLOCK_SLOTS + place
-        drafted = slot - (length - num_drafted)
-        is_held = (slot >= first_slot) & (slot < length)
+        drafted, is_held = slot - (length - num_drafted), (slot >= first_slot) & (slot < length)
         is_drafted = is_held & (drafted >= 0)
         tiles = _load_chunks(c_kv_ptr, place * c_kv_slot, is_held, NUM_CHUNKS, CHUNK)
         c_kv_ptr += BLOCK_SLOTS * c_kv_slot
         if IS_ROTATED:
-            first_key, second_key = _keys(tiles, matrices, BLOCK_KEY, PRECISION)
-            if tile >= last:
-                # A drafted slot's place is not its position: keys are turned to the one and back by the other.
-                own = tl.load(positions_ptr + drafted, mask=is_drafted, other=0)
-                own_cos, own_sin = _angles(tl.where(is_drafted, own, slot - first_slot), inv_freq)
-                first_key, second_key = _turned(first_key, second_key, own_cos, own_sin)
-                place_cos, place_sin = _angles(slot - first_slot, inv_freq)
-                first_key, second_key = _turned(first_key, second_key, place_cos, -place_sin)
-            keys = _sides_joined(*_turned(first_key, second_key, cos, sin)).to(tiles[0].dtype)
-            turned = _turned(first_query, second_query, tile_cos[None, :], -tile_sin[None, :])
-            tile_cos, tile_sin = _turned(tile_cos, tile_sin, step_cos, step_sin)
-            tile_query = _sides_joined(*turned).to(tiles[0].dtype)
-            scores = tl.dot(keys, tl.trans(tile_query), input_precision=PRECISION)
+            keys = _keys(tiles, matrices, BLOCK_KEY, PRECISION)
+            if (tile + 1) * BLOCK_SLOTS > length - num_drafted:
+                keys = _moved(keys, slot - first_slot, positions_ptr + drafted, is_drafted, inv_freq)
+            scores = _rotated_scores(keys, angles, queries, tile_angles, tiles[0].dtype, PRECISION)
+            tile_angles = _turned(tile_angles, step_angles)
         else:
             ropes = _load_rows(k_rope_ptr, place * k_rope_slot, is_held, key_entry, is_key_entry)
             k_rope_ptr += BLOCK_SLOTS * k_rope_slot
-            scores = tl.dot(ropes, tl.trans(rope_query), input_precision=PRECISION)
-            for chunk in tl.static_range(NUM_CHUNKS):
-                scores = tl.dot(tiles[chunk], tl.trans(queries[chunk]), scores, input_precision=PRECISION)
-        sees_address = sees_ptr + row[None, :] * num_drafted + drafted[:, None]
-        sees = tl.load(sees_address, mask=is_drafted[:, None] & is_row[None, :], other=1)
-        scores = tl.where(is_held[:, None] & (sees != 0), scores * scaling, float("-inf"))
+            scores = _absorbed_scores(tiles, ropes, queries, rope_query, PRECISION)
+        scores = _shown(scores * scaling, sees_ptr, row, is_row, drafted, is_held, is_drafted, num_drafted)
         sums, maximum, total = _add_to_softmax(sums, maximum, total, scores, tiles, PRECISION)
 
-    part_row = (batch * tl.num_programs(1) + part) * num_heads * num_rows
-    in_part = head * num_rows + row
-    for chunk in tl.static_range(NUM_CHUNKS):
-        entry = chunk * CHUNK + tl.arange(0, CHUNK)
-        address = partial_ptr + part_row * LATENT_DIM + in_part[None, :] * LATENT_DIM + entry[:, None]
-        tl.store(address, sums[chunk], mask=is_row[None, :])
-    tl.store(maxima_ptr + part_row + in_part, maximum, mask=is_row)
-    tl.store(totals_ptr + part_row + in_part, tl.sum(total, axis=0), mask=is_row)
+    out_row = ((batch * tl.num_programs(1) + tl.program_id(1)) * num_heads + head) * num_rows + row
+    _store_part(partial_ptr, maxima_ptr, totals_ptr, sums, maximum, total, out_row, is_row)
 
 
 @triton.jit
