@@ -189,15 +189,15 @@ class AttendingCache(Protocol):
     """A cache that attends to its latents itself, by a kernel that reads on the device which slots are in use."""
 
     def attend_latents(
-        self, query: Tensor, c_kv: Tensor, k_rope: Tensor, w_uk: Tensor | None, scaling: float
+        self, query: Tensor, c_kv: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, scaling: float
     ) -> Tensor:
         """
-        The weighted sums of latents, `(B, H, Q, C)`.
+        The weighted sums of values, `(B, H, Q, d)`.
 
         Args:
-            query (`torch.Tensor` of shape `(B, H, Q, C + R)`): Absorbed; the rotated `(B, H, Q, d)` where R = 0.
+            query (`torch.Tensor` of shape `(B, H, Q, d + R)`): From `ask`.
             c_kv (`torch.Tensor` of shape `(B, 1, K, C)`), k_rope (`torch.Tensor` of shape `(B, 1, K, R)`): All slots.
-            w_uk (`torch.Tensor` of shape `(G, d, C)`, *optional*): What keys are made with where R = 0.
+            w_uk (`torch.Tensor` of shape `(G, d, C)`), w_uv (`torch.Tensor` of shape `(G, d, C)`): Up-projections.
             scaling (`float`): Factor of the scores.
         """
 
@@ -325,12 +325,12 @@ class LatentAttention(nn.Module):
 
     def attend_by_cache(self, query: Tensor, memory: tuple[Tensor, Tensor], cache: "AttendingCache") -> Tensor:
         """As `attend_absorbed`, over the slots of a cache that knows itself who sees which."""
-        w_uk = None
-        if self.rope_dim == 0:
-            w_uk = matrix(self.W_uk, memory[0]).view(self.num_key_value_heads, self.head_dim, self.latent_dim)
-        else:
-            query = self._absorb_keys(query, memory[0])
-        return self._expand_latents(cache.attend_latents(query, *memory, w_uk, self.scaling))
+        return cache.attend_latents(query, *memory, *self.up_projections(memory[0]), self.scaling)
+
+    def up_projections(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """`w_uk (G, d, C)` and `w_uv (G, d, C)`, for tensors such as `like (..., C)`."""
+        shape = self.num_key_value_heads, self.head_dim, self.latent_dim
+        return matrix(self.W_uk, like).view(shape), matrix(self.W_uv, like).view(shape)
 
     def _absorb_keys(self, query: Tensor, c_kv: Tensor) -> Tensor:
         """The query of the latents themselves, `(B, H, Q, d + R)` -> `(B, H, Q, C + R)`."""

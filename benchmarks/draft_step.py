@@ -20,7 +20,7 @@ from harness import BYTES_PER_GB, OUT_OF_MEMORY, write_table
 
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
 from eagle3_mla.generation.caches import new_draft_cache
-from eagle3_mla.generation.latent_attention import DraftedSlots, RotatedKeys, attend_latents
+from eagle3_mla.generation.latent_attention import DraftedSlots, UpProjections, attend_latents
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADecoderLayer, Eagle3MLARotaryEmbedding, sdpa_attention
 
 LATENT_DIM = 256
@@ -98,20 +98,9 @@ class Step:
 
     def attend_by_kernel(self, query: torch.Tensor) -> torch.Tensor:
         attention = self.layer.self_attn
-        num_groups, head_dim = attention.num_key_value_heads, attention.head_dim
-        w_uk, w_uv = (
-            projection.weight.view(num_groups, head_dim, attention.latent_dim)
-            for projection in (attention.W_uk, attention.W_uv)
-        )
-        keys = RotatedKeys(w_uk, self.rotary.inv_freq, self.rotary.attention_scaling)
-        if attention.rope_dim > 0:
-            q_nope, q_rope = query.split([head_dim, attention.rope_dim], dim=-1)
-            grouped = q_nope.unflatten(1, (num_groups, -1))
-            q_latent = torch.einsum("bgnwd,gdc->bgnwc", grouped, w_uk).flatten(1, 2)
-            query, keys = torch.cat([q_latent, q_rope], dim=-1), None
-        latents = attend_latents(query, *self.memory, self.lengths, attention.scaling, self.drafted, keys=keys)
-        grouped = latents.unflatten(1, (num_groups, -1))
-        return torch.einsum("bgnwc,gdc->bgnwd", grouped, w_uv).flatten(1, 2)
+        matrices = attention.up_projections(self.memory[0])
+        projections = UpProjections(*matrices, self.rotary.inv_freq, self.rotary.attention_scaling)
+        return attend_latents(query, *self.memory, projections, self.lengths, attention.scaling, self.drafted)
 
 
 def make_layer(attention_type: str, rope_dim: int) -> Eagle3MLADecoderLayer:

@@ -57,11 +57,12 @@ class LatentCache(FixedCache):
         self.rope = inv_freq, scaling
 
     def attend_latents(
-        self, query: Tensor, c_kv: Tensor, k_rope: Tensor, w_uk: Tensor | None, scaling: float
+        self, query: Tensor, c_kv: Tensor, k_rope: Tensor, w_uk: Tensor, w_uv: Tensor, scaling: float
     ) -> Tensor:
         """See `AttendingCache` in the modeling file."""
         newest = self.lengths, self.sees, self.positions
-        return latent_attention_op(query, c_kv, k_rope, *newest, scaling, w_uk, *self.rope)
+        heads = latent_attention_op(query, c_kv, k_rope, *newest, scaling, w_uk, w_uv, *self.rope)
+        return heads.transpose(1, 2)
 
 
 class FixedMemory:

@@ -1,17 +1,22 @@
 """Triton kernels of `attend_latents`: attention split over the slots (flash-decoding), over latents.
 
-A program takes the rows of all heads that share keys, up to 64 of them, and a contiguous part of the slots of a
-sequence. It reads a tile of latents once, for scores and for values. A second kernel joins the parts. Everything is
-transposed, slots or latent entries first and query rows last: a matrix product on the device wants at least 64 of the
-first and is content with 16 of the last.
+With R > 0 a first kernel moves W_uk into the query. The next splits: a program takes some rows of heads that share
+keys and a contiguous part of the slots of a sequence, and reads a tile of latents once, for scores and for values. The
+last joins the parts and applies W_uv. Each starts while the one before ends, and then waits for what that has written.
+
+In the second kernel everything is transposed, slots or latent entries first and query rows last: a matrix product on
+the device wants at least 64 of the first and is content with 16 of the last.
 
 The number of parts is fixed by the cache's capacity, their bounds by the lengths on the device: a part that has
 nothing to do writes nothing, and the joining kernel knows it by the same arithmetic.
 
-The latent width is never padded: it is taken in chunks of the largest power of two that divides it. Rows, slots, head
-width and R are masked.
+With R = 0 keys are turned by their place in a tile, by angles that never change, and the query back by the place of
+the tile. W_uk is read so that the halves of a head take turns: the two entries that RoPE mixes then lie side by side.
 
-Shapes: L slots of a tile, N query rows of a tile, E entries of a chunk of the latent, P parts.
+The latent width is never padded where attention is computed: it is taken in chunks of the largest power of two that
+divides it. Rows, slots, head width and R are masked.
+
+Shapes: L slots of a tile, N query rows of a tile, E entries of a chunk of the latent, F frequencies, P parts.
 """
 
 import functools
@@ -20,50 +25,57 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MIN_BLOCK = 16  # of a dimension of a matrix product
-MAX_ROWS = 64
-# Entries of the float32 accumulator, latent width times rows, that fit into the registers of eight warps.
-MAX_ACCUMULATOR = 16384
-CPU_PROGRAMS = 12
+ABSORBED_ENTRIES = 64
 JOINED_PARTS = 16
+JOINED_ENTRIES = 128
+# Of a multiprocessor of an H100, less what each of two programs needs besides.
+SHARED_BYTES = 220 * 1024
+CPU_PROGRAMS = 12
+LOG2_E = 1.4426950408889634  # exponentials are powers of two
 
 
 def attend(
-    query: Tensor, c_kv: Tensor, k_rope: Tensor, lengths: Tensor, scaling: float, drafted, first, keys
+    query: Tensor, c_kv: Tensor, k_rope: Tensor, projections, lengths: Tensor, scaling: float, drafted, first
 ) -> Tensor:
     """See `attend_latents`."""
     query, c_kv, k_rope = (rows_contiguous(tensor) for tensor in (query, c_kv, k_rope))
+    w_uk, w_uv = (matrix.to(query.dtype).contiguous() for matrix in (projections.w_uk, projections.w_uv))
     batch_size, num_heads, num_rows, _ = query.shape
     num_slots, latent_dim = c_kv.shape[2:]
-    num_groups = 1 if keys is None else keys.w_uk.shape[0]
-    heads_per_group = num_heads // num_groups
-    tile = tile_sizes(heads_per_group * num_rows, latent_dim, query.element_size(), is_rotated=keys is not None)
-    num_row_tiles = triton.cdiv(heads_per_group * num_rows, tile["BLOCK_ROWS"])
-    max_parts = triton.cdiv(num_slots, tile["BLOCK_SLOTS"])
-    programs = batch_size * num_groups * num_row_tiles
+    (num_groups, head_dim, _), rope_dim = w_uk.shape, k_rope.shape[-1]
+    num_key_groups = num_groups if rope_dim == 0 else 1
+    tile = tile_sizes(num_heads // num_key_groups * num_rows, latent_dim, rope_dim)
+    num_row_tiles = triton.cdiv(num_heads // num_key_groups * num_rows, tile["BLOCK_ROWS"])
     # Not one program more than run at once: the last few would double the time.
-    num_parts = max(1, min(max_parts, num_programs(query.device, tile["num_warps"]) // programs))
+    max_programs = num_programs(query.device, programs_per_sm(tile, latent_dim, rope_dim))
+    max_parts = max_programs // (batch_size * num_key_groups * num_row_tiles)
+    num_parts = max(1, min(triton.cdiv(num_slots, tile["BLOCK_SLOTS"]), max_parts))
     partial = query.new_empty(batch_size, num_parts, num_heads, num_rows, latent_dim, dtype=torch.float32)
-    lse = query.new_empty(batch_size, num_parts, num_heads, num_rows, dtype=torch.float32)
+    maxima, totals = query.new_empty(2, *partial.shape[:-1], dtype=torch.float32)
     lengths, first = lengths.contiguous(), lengths if first is None else first.contiguous()
     sees, positions, num_drafted = drafted_inputs(drafted, lengths)
-    w_uk, inv_freq, attention_scaling = key_inputs(keys, query)
-    shared = {"BLOCK_SLOTS": tile["BLOCK_SLOTS"], "CHUNK": tile["CHUNK"]}
-    _part_kernel[num_row_tiles * num_groups, num_parts, batch_size](
+    overlap = {"launch_pdl": True} if query.is_cuda else {}
+    latent_query, inv_freq = query, projections.inv_freq
+    if rope_dim > 0:
+        latent_query, inv_freq = absorb_keys(query, w_uk), lengths
+    _part_kernel[num_row_tiles * num_key_groups, num_parts, batch_size](
         query,
+        latent_query,
         c_kv,
         k_rope,
         w_uk,
-        inv_freq,
+        inv_freq.contiguous(),
         sees,
         positions,
         lengths,
         first,
         partial,
-        lse,
-        scaling,
-        attention_scaling,
+        maxima,
+        totals,
+        LOG2_E * scaling * (projections.attention_scaling if rope_dim == 0 else 1.0),
         *query.stride()[:3],
         c_kv.stride(0),
         c_kv.stride(2),
@@ -73,28 +85,68 @@ def attend(
         num_heads,
         num_rows,
         num_drafted,
-        NUM_GROUPS=num_groups,
+        NUM_GROUPS=num_key_groups,
         LATENT_DIM=latent_dim,
-        KEY_DIM=k_rope.shape[-1] if keys is None else query.shape[-1] // 2,
-        BLOCK_KEY=block_of(k_rope.shape[-1] if keys is None else query.shape[-1] // 2),
-        IS_ROTATED=keys is not None,
+        HEAD_DIM=head_dim,
+        ROPE_DIM=rope_dim,
         HAS_FIRST=first is not lengths,
+        OVERLAPS=bool(overlap),
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
+        BLOCK_KEY=block_of(head_dim // 2 if rope_dim == 0 else rope_dim),
         **tile,
+        **(overlap if rope_dim > 0 else {}),
     )
-    output = query.new_empty(batch_size, num_heads, num_rows, latent_dim)
-    _join_kernel[num_heads * num_rows, latent_dim // tile["CHUNK"], batch_size](
+    output = query.new_empty(batch_size, num_rows, num_heads, head_dim)
+    _join_kernel[num_heads * num_rows, triton.cdiv(head_dim, JOINED_ENTRIES), batch_size](
         partial,
-        lse,
+        maxima,
+        totals,
         lengths,
+        w_uv,
         output,
         num_slots,
         num_parts,
+        num_heads,
+        num_rows,
+        NUM_GROUPS=num_groups,
         LATENT_DIM=latent_dim,
+        BLOCK_LATENT=block_of(latent_dim),
+        HEAD_DIM=head_dim,
+        BLOCK_ENTRIES=JOINED_ENTRIES,
+        BLOCK_SLOTS=tile["BLOCK_SLOTS"],
+        MAX_PARTS=triton.next_power_of_2(max_programs),
         BLOCK_PARTS=JOINED_PARTS,
-        **shared,
+        OVERLAPS=bool(overlap),
+        num_warps=8,
+        **overlap,
     )
-    return output
+    return output.transpose(1, 2)
+
+
+def absorb_keys(query: Tensor, w_uk: Tensor) -> Tensor:
+    """The query of the latents themselves, `(B, H, W, C)`."""
+    batch_size, num_heads, num_rows, _ = query.shape
+    num_groups, head_dim, latent_dim = w_uk.shape
+    latent_query = query.new_empty(batch_size, num_heads, num_rows, latent_dim)
+    block_rows = min(64, block_of(num_heads // num_groups * num_rows))
+    num_row_tiles = triton.cdiv(num_heads // num_groups * num_rows, block_rows)
+    _absorb_kernel[num_row_tiles * num_groups, triton.cdiv(latent_dim, ABSORBED_ENTRIES), batch_size](
+        query,
+        w_uk,
+        latent_query,
+        *query.stride()[:3],
+        num_heads,
+        num_rows,
+        NUM_GROUPS=num_groups,
+        LATENT_DIM=latent_dim,
+        HEAD_DIM=head_dim,
+        BLOCK_HEAD=block_of(head_dim),
+        BLOCK_ROWS=block_rows,
+        BLOCK_ENTRIES=ABSORBED_ENTRIES,
+        OVERLAPS=query.is_cuda,
+        PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
+    )
+    return latent_query
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
@@ -102,31 +154,33 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 0 else tensor.contiguous()
 
 
-def tile_sizes(num_rows: int, latent_dim: int, element_size: int, is_rotated: bool) -> dict[str, int]:
-    """Sizes of a tile, and its warps; shared memory holds the tile, its queries and the key matrix of its group."""
-    chunk = latent_dim & -latent_dim
-    most = min(MAX_ROWS, max(MIN_BLOCK, MAX_ACCUMULATOR // triton.next_power_of_2(latent_dim)))
-    block_rows = min(most, block_of(num_rows))
-    is_small = element_size == 4 or latent_dim > 256
-    block_slots = 32 if element_size == 4 else 64
-    num_warps = 8 if is_rotated or block_rows * latent_dim > MAX_ACCUMULATOR // 2 else 4
-    num_stages = 1 if is_small else 2
+def tile_sizes(num_rows: int, latent_dim: int, rope_dim: int) -> dict[str, int]:
+    """Sizes of a tile, its warps and stages; shared memory holds tiles, their queries and a group's key matrix."""
+    is_long = rope_dim == 0 and latent_dim <= 256
+    block_rows = 16 if num_rows <= (16 if rope_dim == 0 else 32) or latent_dim > 256 else 32
+    num_stages = 3 if rope_dim > 0 and latent_dim <= 256 and block_rows == 16 else 2
     return {
-        "CHUNK": chunk,
+        "CHUNK": latent_dim & -latent_dim,
         "BLOCK_ROWS": block_rows,
-        "BLOCK_SLOTS": block_slots,
-        "num_warps": num_warps,
-        "num_stages": num_stages,
+        "BLOCK_SLOTS": 128 if is_long else 64,
+        "num_warps": 8 if is_long else 4,
+        "num_stages": 1 if rope_dim == 0 and not is_long else num_stages,
     }
+
+
+def programs_per_sm(tile: dict[str, int], latent_dim: int, rope_dim: int) -> int:
+    """How many programs share a multiprocessor; two where both find room."""
+    num_bytes = 2 * (latent_dim + rope_dim) * (tile["num_stages"] * tile["BLOCK_SLOTS"] + tile["BLOCK_ROWS"])
+    return 2 if rope_dim > 0 and 2 * num_bytes <= SHARED_BYTES else 1
 
 
 def block_of(size: int) -> int:
     return max(MIN_BLOCK, triton.next_power_of_2(size))
 
 
-def num_programs(device: torch.device, num_warps: int) -> int:
-    """How many programs run at once; eight warps fill the registers of a multiprocessor, four half of them."""
-    return sm_count(device) * 8 // num_warps if device.type == "cuda" else CPU_PROGRAMS
+def num_programs(device: torch.device, per_sm: int) -> int:
+    """How many programs run at once."""
+    return per_sm * sm_count(device) if device.type == "cuda" else CPU_PROGRAMS
 
 
 @functools.cache
@@ -142,12 +196,6 @@ def drafted_inputs(drafted, lengths: Tensor) -> tuple[Tensor, Tensor, int]:
     return drafted.sees.contiguous().view(torch.int8), positions, drafted.sees.shape[2]
 
 
-def key_inputs(keys, query: Tensor) -> tuple[Tensor, Tensor, float]:
-    if keys is None:
-        return query, query, 1.0
-    return keys.w_uk.to(query.dtype).contiguous(), keys.inv_freq.contiguous(), keys.attention_scaling
-
-
 @triton.jit
 def _tiles_of_part(length, num_parts, BLOCK_SLOTS: tl.constexpr):
     """Number of tiles of a sequence, and how many each part takes."""
@@ -156,20 +204,47 @@ def _tiles_of_part(length, num_parts, BLOCK_SLOTS: tl.constexpr):
 
 
 @triton.jit
-def _load_transposed(pointer, row_offset, is_row, column, is_column):
-    """`(columns, rows)` of a matrix whose rows begin at `row_offset`, zeros outside."""
-    mask = is_row[None, :] & is_column[:, None]
-    return tl.load(pointer + row_offset[None, :] + column[:, None], mask=mask, other=0.0)
+def _own_tiles(length, BLOCK_SLOTS: tl.constexpr):
+    """First tile of this program's part, and the one behind its last."""
+    num_tiles, tiles_per_part = _tiles_of_part(length, tl.num_programs(1), BLOCK_SLOTS)
+    begin = tl.program_id(1) * tiles_per_part
+    return begin, tl.minimum(begin + tiles_per_part, num_tiles)
+
+
+@triton.jit
+def _rows_of_group(num_heads, num_rows, NUM_GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Of this program: its group, and heads and rows; all rows of a group's first head, then those of the next."""
+    group, row_tile = tl.program_id(0) % NUM_GROUPS, tl.program_id(0) // NUM_GROUPS
+    in_group = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    is_row = in_group < num_heads // NUM_GROUPS * num_rows
+    return group, group * (num_heads // NUM_GROUPS) + in_group // num_rows, in_group % num_rows, is_row
+
+
+@triton.jit
+def _load_rows(pointer, row_offset, is_row, column, is_column):
+    """`(rows, columns)` of a matrix whose rows begin at `row_offset`, zeros outside."""
+    mask = is_row[:, None] & is_column[None, :]
+    return tl.load(pointer + row_offset[:, None] + column[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _load_chunks(pointer, row_offset, is_row, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr):
-    """All columns of these rows, transposed, as a tuple of `NUM_CHUNKS` tensors `(E, rows)`."""
+    """All columns of these rows, as a tuple of `NUM_CHUNKS` tensors `(rows, E)`."""
     chunks = ()
     for chunk in tl.static_range(NUM_CHUNKS):
-        address = pointer + row_offset[None, :] + (chunk * CHUNK + tl.arange(0, CHUNK))[:, None]
-        chunks = chunks + (tl.load(address, mask=is_row[None, :], other=0.0),)  # noqa: RUF005
+        address = pointer + row_offset[:, None] + (chunk * CHUNK + tl.arange(0, CHUNK))[None, :]
+        chunks = chunks + (tl.load(address, mask=is_row[:, None], other=0.0),)  # noqa: RUF005
     return chunks
+
+
+@triton.jit
+def _load_sides(
+    w_uk_ptr, row, KEY_DIM: tl.constexpr, BLOCK_KEY: tl.constexpr, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr
+):
+    """W_uk of a head that begins at `row`, rows of its two halves taking turns, as chunks `(2F, E)`."""
+    side, pair = tl.arange(0, 2 * BLOCK_KEY) % 2, tl.arange(0, 2 * BLOCK_KEY) // 2
+    row_offset = (row + side * KEY_DIM + pair) * (NUM_CHUNKS * CHUNK)
+    return _load_chunks(w_uk_ptr, row_offset, pair < KEY_DIM, NUM_CHUNKS, CHUNK)
 
 
 @triton.jit
@@ -192,38 +267,64 @@ def _cos_sin(angle):
 
 @triton.jit
 def _angles(position, inv_freq):
-    """Cosines and sines of RoPE at `position (L,)`, `(L, d / 2)` each."""
+    """Cosines and sines of RoPE at `position (L,)`, `(L, F)` each."""
     return _cos_sin(position.to(tl.float32)[:, None] * inv_freq[None, :])
 
 
 @triton.jit
-def _turned(angles, turn):
-    """Cosines and sines of the sums of two angles: from tile to tile all angles grow by the same."""
+def _turned(pairs, angles):
+    """Turns pairs, such as the halves of keys, by angles; two angles are added this way too."""
+    first, second = pairs
     cos, sin = angles
-    turn_cos, turn_sin = turn
-    return cos * turn_cos - sin * turn_sin, sin * turn_cos + cos * turn_sin
+    return first * cos - second * sin, second * cos + first * sin
 
 
 @triton.jit
-def _keys(tiles, matrices, PRECISION: tl.constexpr):
-    """Both halves of the keys of a tile before they are rotated, `(L, d / 2)` each, float32."""
-    NUM_CHUNKS: tl.constexpr = len(tiles)
-    first = tl.dot(tiles[0], matrices[0], input_precision=PRECISION)
-    second = tl.dot(tiles[0], matrices[NUM_CHUNKS], input_precision=PRECISION)
-    for chunk in tl.static_range(1, NUM_CHUNKS):
-        first = tl.dot(tiles[chunk], matrices[chunk], first, input_precision=PRECISION)
-        second = tl.dot(tiles[chunk], matrices[NUM_CHUNKS + chunk], second, input_precision=PRECISION)
-    return first, second
+def _back(angles):
+    cos, sin = angles
+    return cos, -sin
+
+
+@triton.jit
+def _columns(angles):
+    """Angles of frequencies, `(F,)`, as those of all rows, `(1, F)`."""
+    cos, sin = angles
+    return cos[None, :], sin[None, :]
+
+
+@triton.jit
+def _moved(keys, place, position_address, is_drafted, inv_freq):
+    """Keys so turned that what will turn them to `place (L,)` turns drafted ones to their own position."""
+    position = tl.load(position_address, mask=is_drafted, other=0)
+    position = tl.where(is_drafted, position, place)
+    return _turned(_turned(keys, _angles(position, inv_freq)), _back(_angles(place, inv_freq)))
+
+
+@triton.jit
+def _sides_joined(pairs):
+    """`(X, F)` twice -> `(X, 2F)`, entries taking turns."""
+    first, second = pairs
+    return tl.reshape(tl.join(first, second), (first.shape[0], 2 * first.shape[1]))
+
+
+@triton.jit
+def _keys(tiles, matrices, BLOCK_KEY: tl.constexpr, PRECISION: tl.constexpr):
+    """Both halves of the keys of a tile before they are turned, `(L, F)` each, float32."""
+    keys = tl.dot(tiles[0], tl.trans(matrices[0]), input_precision=PRECISION)
+    for chunk in tl.static_range(1, len(tiles)):
+        keys = tl.dot(tiles[chunk], tl.trans(matrices[chunk]), keys, input_precision=PRECISION)
+    return tl.split(tl.reshape(keys, (keys.shape[0], BLOCK_KEY, 2)))
 
 
 @triton.jit
 def _add_to_softmax(sums, maximum, total, scores, tiles, PRECISION: tl.constexpr):
-    """Adds a tile to the running softmax; `scores (L, N)` are logarithms to base 2."""
+    """Adds a tile to the running softmax; `scores (L, N)` are logarithms to base 2, `total (L, N)` a sum by slot."""
     new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
     # A row that has seen nothing yet: any finite number does.
     reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     weights, shrink = tl.exp2(scores - reference[None, :]), tl.exp2(maximum - reference)
-    total = total * shrink + tl.sum(weights, axis=0)
+    # Not summed over the slots before the end: warps would have to wait for each other.
+    total = total * shrink[None, :] + weights
     weights = weights.to(tiles[0].dtype)
     new_sums = ()
     for chunk in tl.static_range(len(tiles)):
@@ -233,89 +334,53 @@ def _add_to_softmax(sums, maximum, total, scores, tiles, PRECISION: tl.constexpr
 
 
 @triton.jit
-def _attend_tile(
-    sums,
-    maximum,
-    total,
-    tile,
-    queries,
-    matrices,
-    inv_freq,
-    angles,
-    c_kv_ptr,
-    k_rope_ptr,
-    sees_ptr,
-    positions_ptr,
-    c_kv_slot,
-    k_rope_slot,
-    first_slot,
-    length,
-    num_drafted,
-    row,
-    is_row,
-    scaling,
-    attention_scaling,
-    IS_LAST: tl.constexpr,
-    IS_ROTATED: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    BLOCK_KEY: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Adds the attention to one tile; only with `IS_LAST` it may hold drafted slots or reach beyond the length."""
-    NUM_CHUNKS: tl.constexpr = len(sums)
-    slot = tile * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
-    is_held = slot >= first_slot
-    if IS_LAST:
-        is_held = is_held & (slot < length)
-    c_kv_address = c_kv_ptr + slot.to(tl.int64)[:, None] * c_kv_slot + tl.arange(0, CHUNK)[None, :]
-    tiles = ()
-    for chunk in tl.static_range(NUM_CHUNKS):
-        if IS_LAST or HAS_FIRST:
-            latents = tl.load(c_kv_address + chunk * CHUNK, mask=is_held[:, None], other=0.0)
-        else:
-            latents = tl.load(c_kv_address + chunk * CHUNK)
-        tiles = tiles + (latents,)  # noqa: RUF005
-    drafted = slot - (length - num_drafted)
-    is_drafted = is_held & (drafted >= 0)
-    if IS_ROTATED:
-        cos, sin = angles
-        if IS_LAST:
-            drafted_position = tl.load(positions_ptr + drafted, mask=is_drafted, other=0)
-            position = tl.where(is_drafted, drafted_position, slot - first_slot)
-            cos, sin = _angles(position, inv_freq)
-        first, second = _keys(tiles, matrices, PRECISION)
-        cos, sin = cos * attention_scaling, sin * attention_scaling
-        first, second = first * cos - second * sin, second * cos + first * sin
-        scores = tl.dot(first.to(queries[0].dtype), queries[0], input_precision=PRECISION)
-        scores = tl.dot(second.to(queries[1].dtype), queries[1], scores, input_precision=PRECISION)
-    else:
-        key_entry = tl.arange(0, BLOCK_KEY)
-        k_rope_address = k_rope_ptr + slot.to(tl.int64)[:, None] * k_rope_slot + key_entry[None, :]
-        if IS_LAST or HAS_FIRST or KEY_DIM != BLOCK_KEY:
-            is_entry = is_held[:, None] & (key_entry < KEY_DIM)[None, :]
-            ropes = tl.load(k_rope_address, mask=is_entry, other=0.0)
-        else:
-            ropes = tl.load(k_rope_address)
-        scores = tl.dot(ropes, queries[NUM_CHUNKS], input_precision=PRECISION)
-        for chunk in tl.static_range(NUM_CHUNKS):
-            scores = tl.dot(tiles[chunk], queries[chunk], scores, input_precision=PRECISION)
-    scores = scores * scaling
-    if IS_LAST:
-        is_asked = is_drafted[:, None] & is_row[None, :]
-        sees_address = sees_ptr + row[None, :] * num_drafted + drafted[:, None]
-        is_seen = (drafted < 0)[:, None] | (tl.load(sees_address, mask=is_asked, other=0) != 0)
-        scores = tl.where(is_held[:, None] & is_seen, scores, float("-inf"))
-    elif HAS_FIRST:
-        scores = tl.where(is_held[:, None], scores, float("-inf"))
-    return _add_to_softmax(sums, maximum, total, scores, tiles, PRECISION)
+def _empty_softmax(NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr):
+    """Sums `(E, N)`, maximum `(N,)` and total `(L, N)` of no slots."""
+    sums = ()
+    for _chunk in tl.static_range(NUM_CHUNKS):
+        sums = sums + (tl.zeros([CHUNK, BLOCK_ROWS], tl.float32),)  # noqa: RUF005
+    return sums, tl.full([BLOCK_ROWS], float("-inf"), tl.float32), tl.zeros([BLOCK_SLOTS, BLOCK_ROWS], tl.float32)
+
+
+@triton.jit
+def _rotated_scores(keys, angles, queries, tile_angles, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """Of keys turned by their place in the tile and queries turned back by the place of the tile."""
+    keys = _sides_joined(_turned(keys, angles)).to(dtype)
+    query = _sides_joined(_turned(queries, _back(_columns(tile_angles)))).to(dtype)
+    return tl.dot(keys, tl.trans(query), input_precision=PRECISION)
+
+
+@triton.jit
+def _absorbed_scores(tiles, ropes, queries, rope_query, PRECISION: tl.constexpr):
+    scores = tl.dot(ropes, tl.trans(rope_query), input_precision=PRECISION)
+    for chunk in tl.static_range(len(tiles)):
+        scores = tl.dot(tiles[chunk], tl.trans(queries[chunk]), scores, input_precision=PRECISION)
+    return scores
+
+
+@triton.jit
+def _shown(scores, sees_ptr, row, is_row, drafted, is_held, is_drafted, num_drafted):
+    """Minus infinity where a row does not see a slot: those not held, and drafted ones that are not its own."""
+    address = sees_ptr + row[None, :] * num_drafted + drafted[:, None]
+    sees = tl.load(address, mask=is_drafted[:, None] & is_row[None, :], other=1)
+    return tl.where(is_held[:, None] & (sees != 0), scores, float("-inf"))
+
+
+@triton.jit
+def _store_part(partial_ptr, maxima_ptr, totals_ptr, sums, maximum, total, out_row, is_row):
+    CHUNK: tl.constexpr = sums[0].shape[0]
+    for chunk in tl.static_range(len(sums)):
+        entry = chunk * CHUNK + tl.arange(0, CHUNK)
+        address = partial_ptr + out_row[None, :] * (len(sums) * CHUNK) + entry[:, None]
+        tl.store(address, sums[chunk], mask=is_row[None, :])
+    tl.store(maxima_ptr + out_row, maximum, mask=is_row)
+    tl.store(totals_ptr + out_row, tl.sum(total, axis=0), mask=is_row)
 
 
 @triton.jit
 def _part_kernel(
     query_ptr,
+    latent_query_ptr,
     c_kv_ptr,
     k_rope_ptr,
     w_uk_ptr,
@@ -325,9 +390,9 @@ def _part_kernel(
     lengths_ptr,
     first_ptr,
     partial_ptr,
-    lse_ptr,
+    maxima_ptr,
+    totals_ptr,
     scaling,
-    attention_scaling,
     query_batch,
     query_head,
     query_row,
@@ -341,175 +406,159 @@ def _part_kernel(
     num_drafted,
     NUM_GROUPS: tl.constexpr,
     LATENT_DIM: tl.constexpr,
-    KEY_DIM: tl.constexpr,
-    BLOCK_KEY: tl.constexpr,
-    IS_ROTATED: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    ROPE_DIM: tl.constexpr,
     HAS_FIRST: tl.constexpr,
+    OVERLAPS: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNK: tl.constexpr,
+    BLOCK_KEY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):
     NUM_CHUNKS: tl.constexpr = LATENT_DIM // CHUNK
-    group, row_tile = tl.program_id(0) % NUM_GROUPS, tl.program_id(0) // NUM_GROUPS
-    part, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    IS_ROTATED: tl.constexpr = ROPE_DIM == 0
+    KEY_DIM: tl.constexpr = HEAD_DIM // 2 if IS_ROTATED else ROPE_DIM
+    if OVERLAPS:
+        gdc_launch_dependents()
+    batch = tl.program_id(2).to(tl.int64)
     length = tl.minimum(tl.load(lengths_ptr + batch), num_slots)
-    num_tiles, tiles_per_part = _tiles_of_part(length, tl.num_programs(1), BLOCK_SLOTS)
-    begin, end = part * tiles_per_part, tl.minimum((part + 1) * tiles_per_part, num_tiles)
+    first_slot = tl.load(first_ptr + batch) if HAS_FIRST else 0
+    begin, end = _own_tiles(length, BLOCK_SLOTS)
+    if OVERLAPS and not IS_ROTATED:
+        gdc_wait()
     if begin >= end:
         return
-    first_slot = 0
-    if HAS_FIRST:
-        first_slot = tl.load(first_ptr + batch)
 
-    # Rows of a group: all new rows of its first head, then those of the next.
-    heads_per_group = num_heads // NUM_GROUPS
-    in_group = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    is_row = in_group < heads_per_group * num_rows
-    head, row = group * heads_per_group + in_group // num_rows, in_group % num_rows
-    query_offset = batch * query_batch + head.to(tl.int64) * query_head + row.to(tl.int64) * query_row
-    entry, key_entry = tl.arange(0, CHUNK), tl.arange(0, BLOCK_KEY)
+    group, head, row, is_row = _rows_of_group(num_heads, num_rows, NUM_GROUPS, BLOCK_ROWS)
+    query_offset = batch * query_batch + head * query_head + row * query_row
+    place, key_entry = tl.arange(0, BLOCK_SLOTS), tl.arange(0, BLOCK_KEY)
     is_key_entry = key_entry < KEY_DIM
-    matrices = ()
-    inv_freq, angles, turn = 0.0, (), ()
     if IS_ROTATED:
-        queries = (
-            _load_transposed(query_ptr, query_offset, is_row, key_entry, is_key_entry),
-            _load_transposed(query_ptr + KEY_DIM, query_offset, is_row, key_entry, is_key_entry),
-        )
-        w_offset = (group * 2 * KEY_DIM + key_entry) * LATENT_DIM
-        matrices = _load_chunks(w_uk_ptr, w_offset, is_key_entry, NUM_CHUNKS, CHUNK)
-        w_offset += KEY_DIM * LATENT_DIM
-        matrices = matrices + _load_chunks(w_uk_ptr, w_offset, is_key_entry, NUM_CHUNKS, CHUNK)
         inv_freq = tl.load(inv_freq_ptr + key_entry, mask=is_key_entry, other=0.0)
-        angles = _angles(begin * BLOCK_SLOTS - first_slot + tl.arange(0, BLOCK_SLOTS), inv_freq)
-        turn = _cos_sin(BLOCK_SLOTS * inv_freq[None, :])
+        queries = (
+            _load_rows(query_ptr, query_offset, is_row, key_entry, is_key_entry),
+            _load_rows(query_ptr + KEY_DIM, query_offset, is_row, key_entry, is_key_entry),
+        )
+        matrices = _load_sides(w_uk_ptr, group * HEAD_DIM, KEY_DIM, BLOCK_KEY, NUM_CHUNKS, CHUNK)
+        angles, step_angles = _angles(place, inv_freq), _cos_sin(BLOCK_SLOTS * inv_freq)
+        tile_angles = _cos_sin((begin * BLOCK_SLOTS - first_slot).to(tl.float32) * inv_freq)
     else:
-        rope = _load_transposed(query_ptr + LATENT_DIM, query_offset, is_row, key_entry, is_key_entry)
-        queries = _load_chunks(query_ptr, query_offset, is_row, NUM_CHUNKS, CHUNK) + (rope,)  # noqa: RUF005
+        rope_query = _load_rows(query_ptr + HEAD_DIM, query_offset, is_row, key_entry, is_key_entry)
+        query_offset = ((batch * num_heads + head) * num_rows + row) * LATENT_DIM
+        queries = _load_chunks(latent_query_ptr, query_offset, is_row, NUM_CHUNKS, CHUNK)
 
-    c_kv_ptr += batch * c_kv_batch
-    k_rope_ptr += batch * k_rope_batch
-    sees_ptr += batch * num_rows * num_drafted
-    positions_ptr += batch * num_drafted
-    # Exponentials are powers of two.
-    scaling = scaling * 1.4426950408889634
-    sums = ()
-    for _chunk in tl.static_range(NUM_CHUNKS):
-        sums = sums + (tl.zeros([CHUNK, BLOCK_ROWS], tl.float32),)  # noqa: RUF005
-    maximum = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_ROWS], tl.float32)
-    last = tl.maximum(tl.maximum(length - num_drafted, 0) // BLOCK_SLOTS, begin)
-    for tile in range(begin, tl.minimum(last, end)):
-        sums, maximum, total = _attend_tile(
-            sums,
-            maximum,
-            total,
-            tile,
-            queries,
-            matrices,
-            inv_freq,
-            angles,
-            c_kv_ptr,
-            k_rope_ptr,
-            sees_ptr,
-            positions_ptr,
-            c_kv_slot,
-            k_rope_slot,
-            first_slot,
-            length,
-            num_drafted,
-            row,
-            is_row,
-            scaling,
-            attention_scaling,
-            False,
-            IS_ROTATED,
-            HAS_FIRST,
-            KEY_DIM,
-            BLOCK_KEY,
-            CHUNK,
-            BLOCK_SLOTS,
-            PRECISION,
-        )
+    # Of the first tile; only from tile to tile an offset may need 64 bits.
+    c_kv_ptr += batch * c_kv_batch + begin.to(tl.int64) * BLOCK_SLOTS * c_kv_slot
+    k_rope_ptr += batch * k_rope_batch + begin.to(tl.int64) * BLOCK_SLOTS * k_rope_slot
+    sees_ptr, positions_ptr = sees_ptr + batch * num_rows * num_drafted, positions_ptr + batch * num_drafted
+    sums, maximum, total = _empty_softmax(NUM_CHUNKS, CHUNK, BLOCK_ROWS, BLOCK_SLOTS)
+    for tile in range(begin, end):
+        slot = tile * BLOCK_SLOTS + place
+        drafted, is_held = slot - (length - num_drafted), (slot >= first_slot) & (slot < length)
+        is_drafted = is_held & (drafted >= 0)
+        tiles = _load_chunks(c_kv_ptr, place * c_kv_slot, is_held, NUM_CHUNKS, CHUNK)
+        c_kv_ptr += BLOCK_SLOTS * c_kv_slot
         if IS_ROTATED:
-            angles = _turned(angles, turn)
-    for tile in tl.range(last, end, num_stages=1):
-        sums, maximum, total = _attend_tile(
-            sums,
-            maximum,
-            total,
-            tile,
-            queries,
-            matrices,
-            inv_freq,
-            angles,
-            c_kv_ptr,
-            k_rope_ptr,
-            sees_ptr,
-            positions_ptr,
-            c_kv_slot,
-            k_rope_slot,
-            first_slot,
-            length,
-            num_drafted,
-            row,
-            is_row,
-            scaling,
-            attention_scaling,
-            True,
-            IS_ROTATED,
-            HAS_FIRST,
-            KEY_DIM,
-            BLOCK_KEY,
-            CHUNK,
-            BLOCK_SLOTS,
-            PRECISION,
-        )
+            keys = _keys(tiles, matrices, BLOCK_KEY, PRECISION)
+            if (tile + 1) * BLOCK_SLOTS > length - num_drafted:
+                keys = _moved(keys, slot - first_slot, positions_ptr + drafted, is_drafted, inv_freq)
+            scores = _rotated_scores(keys, angles, queries, tile_angles, tiles[0].dtype, PRECISION)
+            tile_angles = _turned(tile_angles, step_angles)
+        else:
+            ropes = _load_rows(k_rope_ptr, place * k_rope_slot, is_held, key_entry, is_key_entry)
+            k_rope_ptr += BLOCK_SLOTS * k_rope_slot
+            scores = _absorbed_scores(tiles, ropes, queries, rope_query, PRECISION)
+        scores = _shown(scores * scaling, sees_ptr, row, is_row, drafted, is_held, is_drafted, num_drafted)
+        sums, maximum, total = _add_to_softmax(sums, maximum, total, scores, tiles, PRECISION)
 
-    divisor = tl.where(total > 0, total, 1.0)
-    out_row = ((batch * tl.num_programs(1) + part) * num_heads + head) * num_rows + row
-    for chunk in tl.static_range(NUM_CHUNKS):
-        address = partial_ptr + out_row[None, :] * LATENT_DIM + (chunk * CHUNK + entry)[:, None]
-        tl.store(address, sums[chunk] / divisor[None, :], mask=is_row[None, :])
-    tl.store(lse_ptr + out_row, tl.where(total > 0, maximum + tl.log2(divisor), float("-inf")), mask=is_row)
+    out_row = ((batch * tl.num_programs(1) + tl.program_id(1)) * num_heads + head) * num_rows + row
+    _store_part(partial_ptr, maxima_ptr, totals_ptr, sums, maximum, total, out_row, is_row)
 
 
 @triton.jit
+def _absorb_kernel(
+    query_ptr,
+    w_uk_ptr,
+    output_ptr,
+    query_batch,
+    query_head,
+    query_row,
+    num_heads,
+    num_rows,
+    NUM_GROUPS: tl.constexpr,
+    LATENT_DIM: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    if OVERLAPS:
+        gdc_launch_dependents()
+    batch = tl.program_id(2).to(tl.int64)
+    group, head, row, is_row = _rows_of_group(num_heads, num_rows, NUM_GROUPS, BLOCK_ROWS)
+    entry, head_entry = tl.program_id(1) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES), tl.arange(0, BLOCK_HEAD)
+    is_entry, is_head_entry = entry < LATENT_DIM, head_entry < HEAD_DIM
+    w_uk = _load_rows(w_uk_ptr, (group * HEAD_DIM + head_entry) * LATENT_DIM, is_head_entry, entry, is_entry)
+    query_offset = batch * query_batch + head * query_head + row * query_row
+    query = _load_rows(query_ptr, query_offset, is_row, head_entry, is_head_entry)
+    latent_query = tl.dot(tl.trans(w_uk), tl.trans(query), input_precision=PRECISION).to(query.dtype)
+    out_offset = ((batch * num_heads + head) * num_rows + row) * LATENT_DIM
+    mask = is_row[None, :] & is_entry[:, None]
+    tl.store(output_ptr + out_offset[None, :] + entry[:, None], latent_query, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_parts"])
 def _join_kernel(
     partial_ptr,
-    lse_ptr,
+    maxima_ptr,
+    totals_ptr,
     lengths_ptr,
+    w_uv_ptr,
     output_ptr,
     num_slots,
     num_parts,
+    num_heads,
+    num_rows,
+    NUM_GROUPS: tl.constexpr,
     LATENT_DIM: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCK_LATENT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
+    MAX_PARTS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
-    row, batch = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    rows = tl.num_programs(0)
-    entry = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    head, row, batch = tl.program_id(0) // num_rows, tl.program_id(0) % num_rows, tl.program_id(2).to(tl.int64)
+    latent, entry = tl.arange(0, BLOCK_LATENT), tl.program_id(1) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
+    is_latent, is_entry = latent < LATENT_DIM, entry < HEAD_DIM
+    group = head // (num_heads // NUM_GROUPS)
+    w_uv = _load_rows(w_uv_ptr, (group * HEAD_DIM + entry) * LATENT_DIM, is_entry, latent, is_latent)
     length = tl.minimum(tl.load(lengths_ptr + batch), num_slots)
     num_tiles, tiles_per_part = _tiles_of_part(length, num_parts, BLOCK_SLOTS)
     num_written = tl.cdiv(num_tiles, tl.maximum(tiles_per_part, 1))
-    maximum = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    output = tl.zeros([CHUNK], tl.float32)
+    if OVERLAPS:
+        gdc_wait()
+
+    first_row = batch * num_parts * num_heads * num_rows + tl.program_id(0)
+    part = tl.arange(0, MAX_PARTS)
+    statistic = first_row + part * num_heads * num_rows
+    maxima = tl.load(maxima_ptr + statistic, mask=part < num_written, other=float("-inf"))
+    maximum = tl.max(maxima, axis=0)
+    maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
+    totals = tl.load(totals_ptr + statistic, mask=part < num_written, other=0.0)
+    total = tl.sum(totals * tl.exp2(maxima - maximum), axis=0)
+    sums = tl.zeros([BLOCK_PARTS, BLOCK_LATENT], tl.float32)
     for begin in range(0, num_written, BLOCK_PARTS):
-        part = begin + tl.arange(0, BLOCK_PARTS)
-        is_written = part < num_written
-        in_row = (batch * num_parts + part) * rows + row
-        lse = tl.load(lse_ptr + in_row, mask=is_written, other=float("-inf"))
-        address = partial_ptr + in_row[:, None] * LATENT_DIM + entry[None, :]
-        partial = tl.load(address, mask=is_written[:, None], other=0.0)
-        new_maximum = tl.maximum(maximum, tl.max(lse, axis=0))
-        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weight, shrink = tl.exp2(lse - reference), tl.exp2(maximum - reference)
-        output = output * shrink + tl.sum(partial * weight[:, None], axis=0)
-        total = total * shrink + tl.sum(weight, axis=0)
-        maximum = new_maximum
-    output = output / tl.where(total > 0, total, 1.0)
-    out_row = batch * rows + row
-    tl.store(output_ptr + out_row * LATENT_DIM + entry, output.to(output_ptr.dtype.element_ty))
+        some = begin + tl.arange(0, BLOCK_PARTS)
+        in_row = first_row + some * num_heads * num_rows
+        partial = _load_rows(partial_ptr, in_row * LATENT_DIM, some < num_written, latent, is_latent)
+        some_maxima = tl.load(maxima_ptr + in_row, mask=some < num_written, other=float("-inf"))
+        sums += partial * tl.exp2(some_maxima - maximum)[:, None]
+    latents = tl.sum(sums, axis=0) / tl.where(total > 0, total, 1.0)
+    values = tl.sum(w_uv.to(tl.float32) * latents[None, :], axis=1)
+    out_offset = ((batch * num_rows + row) * num_heads + head) * HEAD_DIM
+    tl.store(output_ptr + out_offset + entry, values.to(output_ptr.dtype.element_ty), mask=is_entry)

@@ -8,7 +8,7 @@ import re
 import torch
 from torch import Tensor
 
-from .latent_attention import DraftedSlots, RotatedKeys, attend_latents
+from .latent_attention import DraftedSlots, UpProjections, attend_latents
 from .tree_attention import attend_tree
 
 # Operators are global, and two versions of this package may be loaded.
@@ -48,15 +48,18 @@ def latent_attention_op(
     sees: Tensor,
     positions: Tensor,
     scaling: float,
-    w_uk: Tensor | None,
+    w_uk: Tensor,
+    w_uv: Tensor,
     inv_freq: Tensor,
     attention_scaling: float,
 ) -> Tensor:
-    """As [`attend_latents`], `-> (B, H, W, C)`; keys are rotated if `w_uk` is given."""
-    keys = None if w_uk is None else RotatedKeys(w_uk, inv_freq, attention_scaling)
-    return attend_latents(query, c_kv, k_rope, lengths, scaling, DraftedSlots(sees, positions), keys=keys)
+    """As [`attend_latents`], `-> (B, W, H, d)`."""
+    projections = UpProjections(w_uk, w_uv, inv_freq, attention_scaling)
+    heads = attend_latents(query, c_kv, k_rope, projections, lengths, scaling, DraftedSlots(sees, positions))
+    return heads.transpose(1, 2).contiguous()
 
 
 @latent_attention_op.register_fake
-def _(query, c_kv, k_rope, lengths, sees, positions, scaling, w_uk, inv_freq, attention_scaling):
-    return query.new_empty(*query.shape[:3], c_kv.shape[-1])
+def _(query, c_kv, k_rope, lengths, sees, positions, scaling, w_uk, w_uv, inv_freq, attention_scaling):
+    batch_size, num_heads, num_rows, _ = query.shape
+    return query.new_empty(batch_size, num_rows, num_heads, w_uv.shape[1])

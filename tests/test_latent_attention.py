@@ -7,7 +7,7 @@ import torch
 
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
 from eagle3_mla.generation import latent_attention as module
-from eagle3_mla.generation.latent_attention import DraftedSlots, RotatedKeys, attend_by_definition, attend_latents
+from eagle3_mla.generation.latent_attention import DraftedSlots, UpProjections, attend_by_definition, attend_latents
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLARotaryEmbedding, LatentAttention
 
 # Batch, query heads, key-value heads, new rows, latent, rope, head width, slots, drafted slots, padding.
@@ -55,30 +55,27 @@ def random_inputs(shape, dtype: torch.dtype, device: str = "cpu") -> dict:
         c_kv[sequence, :, length:], k_rope[sequence, :, length:] = float("nan"), float("nan")
     sees = torch.rand(batch_size, num_rows, num_drafted, generator=generator) < 0.5
     sees[..., -1:] = True
-    keys = None
-    if rope == 0:
-        inv_freq = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
-        keys = RotatedKeys(normal(num_groups, head_dim, latent) * latent**-0.5, inv_freq, 1.1)
-    query_dim = head_dim if rope == 0 else latent + rope
+    inv_freq = 10000.0 ** -(torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    w_uk, w_uv = (normal(num_groups, head_dim, latent) * latent**-0.5 for _ in range(2))
+    query_dim = head_dim + rope
     return {
         # A view whose heads lie side by side, as projections leave them.
         "query": normal(batch_size, num_rows, num_heads, query_dim).transpose(1, 2),
         "c_kv": c_kv,
         "k_rope": k_rope,
+        "projections": UpProjections(w_uk, w_uv, inv_freq, 1.1) if rope == 0 else UpProjections(w_uk, w_uv),
         "lengths": lengths,
         "scaling": query_dim**-0.5,
         "drafted": DraftedSlots(sees.to(device), integers(0, num_slots, batch_size, num_drafted)),
         "first": integers(0, 1 + num_slots // 9, batch_size) if is_padded else None,
-        "keys": keys,
     }
 
 
 def in_double(inputs: dict) -> dict:
     """The same numbers in float64."""
     exact = {name: inputs[name].double() for name in ("query", "c_kv", "k_rope")}
-    if inputs["keys"] is not None:
-        exact["keys"] = replace(inputs["keys"], w_uk=inputs["keys"].w_uk.double())
-    return inputs | exact
+    matrices = {name: getattr(inputs["projections"], name).double() for name in ("w_uk", "w_uv")}
+    return inputs | exact | {"projections": replace(inputs["projections"], **matrices)}
 
 
 def compare_with_kernels(shape, dtype: torch.dtype, device: str) -> None:
@@ -162,27 +159,22 @@ def test_the_definition_is_the_attention_of_the_model(rope, num_padding):
 
     # Padding in front and room behind.
     c_kv, k_rope = (torch.nn.functional.pad(part, (0, 0, num_padding, 2), value=float("nan")) for part in memory)
-    w_uk, w_uv = (weight.view(2, 8, 16) for weight in (attention.W_uk.weight, attention.W_uv.weight))
-    keys, positions = None, torch.tensor([[4, 5, 5]], dtype=torch.int32)
+    positions = torch.tensor([[4, 5, 5]], dtype=torch.int32)
+    projections = UpProjections(*attention.up_projections(c_kv))
     if rope == 0:
         rotary = Eagle3MLARotaryEmbedding(attention.config)
         rotary(positions, torch.float64)
-        keys = RotatedKeys(w_uk, rotary.inv_freq, rotary.attention_scaling)
-    else:
-        q_nope, q_rope = query.split([8, rope], dim=-1)
-        q_latent = torch.einsum("bgnwd,gdc->bgnwc", q_nope.unflatten(1, (2, 2)), w_uk).flatten(1, 2)
-        query = torch.cat([q_latent, q_rope], dim=-1)
-    latents = attend_latents(
+        projections = replace(projections, inv_freq=rotary.inv_freq, attention_scaling=rotary.attention_scaling)
+    heads = attend_latents(
         query,
         c_kv,
         k_rope,
+        projections,
         lengths=torch.tensor([7 + num_padding], dtype=torch.int32),
         scaling=attention.scaling,
         drafted=DraftedSlots(inputs["sees"], positions),
         first=torch.tensor([num_padding], dtype=torch.int32),
-        keys=keys,
     )
-    heads = torch.einsum("bgnwc,gdc->bgnwd", latents.unflatten(1, (2, 2)), w_uv).flatten(1, 2)
     torch.testing.assert_close(heads, expected, atol=1e-12, rtol=1e-12)
 
 
@@ -198,6 +190,8 @@ def test_shapes_that_do_not_fit_are_refused():
         attend_latents(**inputs | {"lengths": inputs["lengths"].long()})
     with pytest.raises(ValueError, match=r"The width of `query` must be 8, got 7."):
         attend_latents(**inputs | {"query": inputs["query"][..., :7]})
+    with pytest.raises(ValueError, match=r"`projections.inv_freq` must be given where R = 0"):
+        attend_latents(**inputs | {"projections": replace(inputs["projections"], inv_freq=None)})
     with pytest.raises(ValueError, match=r"`drafted.positions` must be given where R = 0"):
         attend_latents(**inputs | {"drafted": replace(inputs["drafted"], positions=None)})
 
@@ -233,18 +227,18 @@ def test_a_gpu_whose_kernels_cannot_run_takes_the_definition_and_says_why(hopper
     messages = []
     monkeypatch.setattr(module.logger, "warning_once", messages.append)
     monkeypatch.setattr(module, "has_triton", lambda: False)
-    assert not module.runs_on_triton(on_gpu(), on_gpu(), on_gpu(), None)
+    assert not module.runs_on_triton(on_gpu(), on_gpu(), on_gpu())
     assert messages == ["Attention to latents runs without its kernels, which is slower: Triton is not installed."]
     monkeypatch.setattr(module, "has_triton", lambda: True)
-    assert module.runs_on_triton(on_gpu(), on_gpu(), on_gpu(), None)
+    assert module.runs_on_triton(on_gpu(), on_gpu(), on_gpu())
     assert len(messages) == 1
 
 
 def test_what_the_kernels_were_not_made_for_is_named(hopper, monkeypatch):
     monkeypatch.setattr(module, "has_triton", lambda: True)
-    assert "not torch.float32" in module.kernel_obstacle(on_gpu(torch.float32), on_gpu(), on_gpu(), None)
-    assert "not of 72" in module.kernel_obstacle(on_gpu(), on_gpu(width=72), on_gpu(), None)
-    assert "not of 1024" in module.kernel_obstacle(on_gpu(), on_gpu(width=1024), on_gpu(), None)
-    assert "R up to 128, not 256" in module.kernel_obstacle(on_gpu(), on_gpu(), on_gpu(width=256), None)
+    assert "not torch.float32" in module.kernel_obstacle(on_gpu(torch.float32), on_gpu(), on_gpu())
+    assert "not of 72" in module.kernel_obstacle(on_gpu(), on_gpu(width=72), on_gpu())
+    assert "not of 1024" in module.kernel_obstacle(on_gpu(), on_gpu(width=1024), on_gpu())
+    assert "R up to 128, not 256" in module.kernel_obstacle(on_gpu(), on_gpu(), on_gpu(width=256))
     monkeypatch.setattr(module, "shared_memory", lambda device: 99 * 1024)
-    assert "this GPU has 101376" in module.kernel_obstacle(on_gpu(), on_gpu(), on_gpu(), None)
+    assert "this GPU has 101376" in module.kernel_obstacle(on_gpu(), on_gpu(), on_gpu())
