@@ -30,7 +30,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 MIN_BLOCK = 16  # of a dimension of a matrix product
 ABSORBED_ENTRIES = 64
 JOINED_PARTS = 16
-JOINED_ENTRIES = 128
+# Of W_uv in the registers of a program.
+JOINED_ELEMENTS = 128 * 256
 # Of a multiprocessor of an H100, less what each of two programs needs besides.
 SHARED_BYTES = 220 * 1024
 CPU_PROGRAMS = 12
@@ -55,7 +56,7 @@ def attend(
     num_parts = max(1, min(triton.cdiv(num_slots, tile["BLOCK_SLOTS"]), max_parts))
     partial = query.new_empty(batch_size, num_parts, num_heads, num_rows, latent_dim, dtype=torch.float32)
     maxima, totals = query.new_empty(2, *partial.shape[:-1], dtype=torch.float32)
-    lengths, first = lengths.contiguous(), lengths if first is None else first.contiguous()
+    lengths = lengths.contiguous()
     sees, positions, num_drafted = drafted_inputs(drafted, lengths)
     overlap = {"launch_pdl": True} if query.is_cuda else {}
     latent_query, inv_freq = query, projections.inv_freq
@@ -71,7 +72,7 @@ def attend(
         sees,
         positions,
         lengths,
-        first,
+        lengths if first is None else first.contiguous(),
         partial,
         maxima,
         totals,
@@ -89,7 +90,7 @@ def attend(
         LATENT_DIM=latent_dim,
         HEAD_DIM=head_dim,
         ROPE_DIM=rope_dim,
-        HAS_FIRST=first is not lengths,
+        HAS_FIRST=first is not None,
         OVERLAPS=bool(overlap),
         PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
         BLOCK_KEY=block_of(head_dim // 2 if rope_dim == 0 else rope_dim),
@@ -97,7 +98,8 @@ def attend(
         **(overlap if rope_dim > 0 else {}),
     )
     output = query.new_empty(batch_size, num_rows, num_heads, head_dim)
-    _join_kernel[num_heads * num_rows, triton.cdiv(head_dim, JOINED_ENTRIES), batch_size](
+    block_entries = min(block_of(head_dim), JOINED_ELEMENTS // block_of(latent_dim))
+    _join_kernel[num_heads * num_rows, triton.cdiv(head_dim, block_entries), batch_size](
         partial,
         maxima,
         totals,
@@ -112,7 +114,7 @@ def attend(
         LATENT_DIM=latent_dim,
         BLOCK_LATENT=block_of(latent_dim),
         HEAD_DIM=head_dim,
-        BLOCK_ENTRIES=JOINED_ENTRIES,
+        BLOCK_ENTRIES=block_entries,
         BLOCK_SLOTS=tile["BLOCK_SLOTS"],
         MAX_PARTS=triton.next_power_of_2(max_programs),
         BLOCK_PARTS=JOINED_PARTS,

@@ -210,6 +210,17 @@ def test_positions_far_into_a_text_are_as_exact_as_near_ones():
     torch.testing.assert_close(attend(**inputs).double(), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_lengths_that_are_a_view_do_not_pass_for_padding():
+    pytest.importorskip("triton")
+    from eagle3_mla.generation.latent_attention_triton import attend
+
+    inputs = random_inputs(SMALL_SHAPES["rotated-one-slot"], torch.float32)
+    expected = attend_by_definition(**in_double(inputs))
+    inputs["lengths"] = inputs["lengths"].repeat_interleave(2)[::2]
+    torch.testing.assert_close(attend(**inputs).double(), expected, atol=1e-5, rtol=0)
+
+
 def on_gpu(dtype: torch.dtype = torch.bfloat16, width: int = 64):
     class OnGPU:
         is_cuda, device, shape = True, torch.device("cuda"), (1, 1, 1, width)
