@@ -87,6 +87,11 @@ def check_chunks(target: PreTrainedModel, target_cache: Cache) -> None:
             f"The `sliding_window` of {name} must be at least 2 for an EAGLE-3 draft, got 1, with which the "
             "cache drops nothing. Pass no `assistant_model`."
         )
+    if getattr(target.config.get_text_config(decoder=True), "cross_attention_layers", None):
+        raise NotImplementedError(
+            f"{name} has `cross_attention_layers`, which keep an image in the cache that a round would shorten. "
+            "Pass no `assistant_model`."
+        )
     known = _known_targets.setdefault(target, {})
     settings = target.config._attn_implementation, target.dtype, getattr(target.config, "is_causal", None)
     if settings not in known:

@@ -8,9 +8,11 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MllamaForCausalLM,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
 )
+from transformers.models.mllama.configuration_mllama import MllamaTextConfig
 
 # Tokens of the image, and one that begins it.
 IMAGE, BEGIN, NUM_IMAGE_TOKENS = 15, 14, 4
@@ -91,3 +93,11 @@ def test_later_turn_after_an_image_is_that_of_plain_generation(make_target):
         second, _ = run(target, question, do_sample=True, max_new_tokens=12, **assistance)
         texts.append(second.sequences.tolist())
     assert texts[0] == texts[1]
+
+
+def test_target_with_an_image_in_its_cache_is_refused_by_name():
+    text = {name: value for name, value in TEXT.items() if name != "head_dim"}
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    target = MllamaForCausalLM(MllamaTextConfig(**text, cross_attention_layers=[1], rope_parameters=rope)).eval()
+    with pytest.raises(NotImplementedError, match="MllamaForCausalLM has `cross_attention_layers`, which keep"):
+        target.generate(torch.tensor([[3, 4]]), assistant_model=make_draft(target), max_new_tokens=3)
