@@ -793,11 +793,12 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
         past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
             position_ids = past_length + torch.arange(states.shape[1], device=states.device)[None]
-        if key_position_ids is None:
+        cos_sin = key_cos_sin = self.rotary_emb(position_ids, states.dtype)
+        if key_position_ids is None and past_length > 0:
             preceding = torch.arange(-past_length, 0, device=states.device)
             key_position_ids = torch.cat([position_ids[:, :1] + preceding, position_ids], dim=1)  # (B, K)
-        key_cos_sin = self.rotary_emb(key_position_ids, states.dtype)
-        cos_sin = self.rotary_emb(position_ids, states.dtype)
+        if key_position_ids is not None:
+            key_cos_sin = self.rotary_emb(key_position_ids, states.dtype)
         for layer in self.layers:
             states = layer(
                 inputs_embeds,

@@ -1,10 +1,10 @@
 """Acceptance length in a chat's second turn, by what the draft knows of the first.
 
-Greedy, means over the sources that the prompts name. The target answers a held-out question, then a second one, which
-is either another conversation's of the same source or the first question once more. "Anew": the whole text is read
-again, without a cache. "Remembered": the cache of the first, assisted call is passed on, and the draft goes on with
-what it knows. "Forgotten": a cache that a plain forward filled is passed on, so that the draft knows only what the
-target reads in the second call. Every text is compared with that of plain `generate()`, which reads everything anew.
+Greedy, means over the sources that the prompts name. The target answers a held-out question, then another one of the
+same source; with --again also the first one once more. "Anew": the whole text is read again, without a cache.
+"Remembered": the cache of the first, assisted call is passed on, and the draft goes on with what it knows.
+"Forgotten": a cache that a plain forward filled is passed on, so that the draft knows only what the target reads in
+the second call. Every text is compared with that of plain `generate()`, which reads everything anew.
 
     python benchmarks/second_turn.py --target <target> --draft <head> --prompts <held-out.jsonl>
 
@@ -20,7 +20,7 @@ import torch
 from draft_window import CHAIN, Tally, read_chats
 from harness import write_table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
 from trees import Notebook, Shape, set_shape
 
 from eagle3_mla.evaluation.prompts import choose_evenly, render
@@ -28,10 +28,8 @@ from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
 from eagle3_mla.training.release import code_commit
 
 TREE = (16, 4, 7)
-SHAPES = {"chain of 7": CHAIN, "tree of 16": TREE}
-FIRST, ANEW, REMEMBERED, FORGOTTEN = "first turn", "anew", "remembered", "forgotten"
-OTHER, SAME = "another question", "the same question"
-TURNS = [FIRST] + [f"{kind}, {way}" for kind in (OTHER, SAME) for way in (ANEW, REMEMBERED, FORGOTTEN)]
+TURNS = FIRST, ANEW, REMEMBERED, FORGOTTEN = "first", "second, anew", "second, remembered", "second, forgotten"
+OTHER, SAME = "another", "the same"
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class Chat:
     def second(self, kind: str, answered: Tensor) -> Tensor:
         """The prompt of the second turn, after a first text `(1, T)` that may hold the end of its turn already."""
         later = self.later[kind]
+        answered = answered.to(later.device)
         is_ended = answered[0, -1] == later[0, 0]
         return torch.cat([answered, later[:, int(is_ended) :]], dim=1)
 
@@ -71,11 +70,10 @@ def what_follows(question: list[dict], tokenizer) -> Tensor:
     return render([*answer, *question], tokenizer)[:, render(answer[:1], tokenizer).shape[1] :]
 
 
-def generate(target, input_ids: Tensor, max_new_tokens: int, cache=None, draft=None):
-    """Text and cache."""
+def generate(target, input_ids: Tensor, max_new_tokens: int, cache: Cache, draft=None) -> Tensor:
+    """Text `(1, T)`; the cache is filled."""
     inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids), "past_key_values": cache}
-    settings = {"do_sample": False, "max_new_tokens": max_new_tokens, "return_dict_in_generate": True}
-    return target.generate(**inputs, **settings, assistant_model=draft)
+    return target.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, assistant_model=draft)
 
 
 @dataclass(frozen=True)
@@ -88,55 +86,55 @@ class Benchmark:
     notebooks: dict[str, Notebook]
     max_new_tokens: int
 
-    def plain_texts(self, source: str) -> list[dict[str, list[list[int]]]]:
-        """The texts `(1, T)` of each chat: of its first turn, and of its second by kind of question."""
-        return self.notebooks[source].recall("plain", lambda: [self._plain(chat) for chat in self.chats[source]])
+    def plain_texts(self, source: str, kind: str) -> list[list[list[int]]]:
+        """Of each chat the text `(1, T)` of its first turn, or of its second after a question of that kind."""
 
-    def _plain(self, chat: Chat) -> dict[str, list[list[int]]]:
-        first = generate(self.target, chat.first, self.max_new_tokens).sequences
-        prompts = {kind: chat.second(kind, first) for kind in chat.later}
-        later = {kind: generate(self.target, ids, self.max_new_tokens).sequences for kind, ids in prompts.items()}
-        return {turn: text.tolist() for turn, text in {FIRST: first, **later}.items()}
+        def measure():
+            prompts = [chat.first for chat in self.chats[source]]
+            if kind != FIRST:
+                answered = map(torch.tensor, self.plain_texts(source, FIRST))
+                prompts = [chat.second(kind, text) for chat, text in zip(self.chats[source], answered, strict=True)]
+            return [generate(self.target, ids, self.max_new_tokens, DynamicCache()).tolist() for ids in prompts]
 
-    def tallies(self, shape: Shape, source: str) -> dict[str, Tally]:
+        return self.notebooks[source].recall(f"plain, {kind}", measure)
+
+    def tallies(self, shape: Shape, kind: str, source: str) -> dict[str, Tally]:
         """Both turns of all chats of a source."""
 
         def measure():
             found = {turn: Tally() for turn in TURNS}
             set_shape(self.draft, shape)
-            for chat, texts in zip(self.chats[source], self.plain_texts(source), strict=True):
-                found[FIRST].add(*self._assisted(chat.first, texts[FIRST]))
-                for kind in chat.later:
-                    self._add_second_turn(chat, kind, texts, found)
+            texts = self.plain_texts(source, FIRST), self.plain_texts(source, kind)
+            for chat, first, second in zip(self.chats[source], *texts, strict=True):
+                self._add_chat(chat, kind, first, second, found)
             return {turn: vars(tally) for turn, tally in found.items()}
 
-        tallies = self.notebooks[source].recall(str(shape), measure)
+        tallies = self.notebooks[source].recall(f"{shape}, {kind}", measure)
         return {turn: Tally(**tally) for turn, tally in tallies.items()}
 
-    def _add_second_turn(self, chat: Chat, kind: str, texts: dict, found: dict[str, Tally]) -> None:
-        answered = torch.tensor(texts[FIRST], device=self.target.device)
-        prompt = chat.second(kind, answered)
-        remembered = generate(self.target, chat.first, self.max_new_tokens, draft=self.draft).past_key_values
+    def _add_chat(self, chat: Chat, kind: str, first: list, second: list, found: dict[str, Tally]) -> None:
+        answered, remembered = torch.tensor(first, device=self.target.device), DynamicCache()
+        found[FIRST].add(*self._assisted(chat.first, first, remembered))
         with torch.no_grad():
             forgotten = self.target(answered[:, :-1], use_cache=True).past_key_values
-        for way, cache in {ANEW: None, REMEMBERED: remembered, FORGOTTEN: forgotten}.items():
-            found[f"{kind}, {way}"].add(*self._assisted(prompt, texts[kind], cache))
+        prompt = chat.second(kind, answered)
+        for turn, cache in {ANEW: DynamicCache(), REMEMBERED: remembered, FORGOTTEN: forgotten}.items():
+            found[turn].add(*self._assisted(prompt, second, cache))
 
-    def _assisted(self, input_ids: Tensor, expected: list[list[int]], cache=None) -> tuple:
+    def _assisted(self, input_ids: Tensor, expected: list[list[int]], cache: Cache) -> tuple:
         """Statistics of an assisted call, and whether its text is the expected one."""
-        text = generate(self.target, input_ids, self.max_new_tokens, cache, self.draft).sequences
+        text = generate(self.target, input_ids, self.max_new_tokens, cache, self.draft)
         return self.draft.speculation_stats, text.tolist() == expected
 
-    def rows(self, name: str, shape: Shape) -> list[list[str]]:
-        tallies = {source: self.tallies(shape, source) for source in self.notebooks}
-        return [table_row(name, turn, [each[turn] for each in tallies.values()]) for turn in TURNS]
+    def rows(self, name: str, shape: Shape, kind: str) -> list[list[str]]:
+        tallies = {source: self.tallies(shape, kind, source) for source in self.notebooks}
+        return [table_row([name, kind, turn], [each[turn] for each in tallies.values()]) for turn in TURNS]
 
 
-def table_row(shape: str, turn: str, tallies: list[Tally]) -> list[str]:
+def table_row(labels: list[str], tallies: list[Tally]) -> list[str]:
     lengths = [tally.acceptance_length for tally in tallies]
     return [
-        shape,
-        turn,
+        *labels,
         f"**{sum(lengths) / len(lengths):.2f}**",
         *(f"{length:.2f}" for length in lengths),
         f"{sum(tally.num_tokens for tally in tallies):,}",
@@ -149,8 +147,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--target", required=True)
     parser.add_argument("--draft", required=True)
     parser.add_argument("--prompts", required=True, type=Path, help="JSONL of held-out conversations")
-    parser.add_argument("--num-samples", type=int, default=15, help="chats of each source")
-    parser.add_argument("--max-new-tokens", type=int, default=96, help="of each turn")
+    parser.add_argument("--num-samples", type=int, default=12, help="chats of each source")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="of each turn")
+    parser.add_argument("--again", action="store_true", help="also ask the first question once more, with chains")
     parser.add_argument("--only", nargs="+", help="measure these sources and make no table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work-dir", type=Path, default=Path("outputs/second_turn"))
@@ -160,7 +159,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    varying = ("work_dir", "output", "only")
+    varying = ("work_dir", "output", "only", "again")
     request = {name: str(value) for name, value in vars(arguments).items() if name not in varying}
     request["commit"] = code_commit()
     rows = read_chats(arguments.prompts)
@@ -173,12 +172,13 @@ def main() -> None:
         source: make_chats(each, tokenizer, arguments.num_samples, arguments.device) for source, each in rows.items()
     }
     benchmark, table = Benchmark(target, draft, chats, notebooks, arguments.max_new_tokens), []
-    for name, shape in SHAPES.items():
-        for row in benchmark.rows(name, shape):
+    cases = [("chain of 7", CHAIN, OTHER), ("tree of 16", TREE, OTHER), ("chain of 7", CHAIN, SAME)]
+    for case in cases[: 3 if arguments.again else 2]:
+        for row in benchmark.rows(*case):
             table.append(row)
             print(*row, flush=True)
     if arguments.only is None:
-        columns = ["drafts", "turn", "acceptance length", *rows, "tokens", "equal texts"]
+        columns = ["drafts", "second question", "turn", "acceptance length", *rows, "tokens", "equal texts"]
         write_table(arguments.output, "A chat's second turn", columns, table, __doc__.split("\n\n")[1])
 
 

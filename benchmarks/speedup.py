@@ -185,15 +185,16 @@ def table_rows(
     way: str, batch_size: int, tallies: Tallies, plain: Tallies | None, extra: tuple[float, float]
 ) -> list[list[str]]:
     """
-    A way's row, and the one with a large vocabulary.
+    A way's row, and the one with a large vocabulary, unless the number of drafting steps follows the texts.
 
     Args:
         plain (`dict[str, Tally]`, *optional*): What ratios refer to; `None` if it is not known.
         extra (`tuple[float, float]`): Seconds that large vocabularies add to a call of the target, here and there.
     """
+    kinds = [("", (0.0, 0.0)), (f", {COMPUTED}", extra)]
     return [
         one_row(f"{WAYS[way]}{suffix}", batch_size, tallies, plain, seconds)
-        for suffix, seconds in [("", (0.0, 0.0)), (f", {COMPUTED}", extra)]
+        for suffix, seconds in (kinds[:1] if way == OURS_ADAPTIVE else kinds)
     ]
 
 

@@ -8,6 +8,7 @@ Shapes: B batch, N nodes, P nodes on the longest possible path, V the target's v
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,15 +27,25 @@ class Walk:
         path (`torch.LongTensor` of shape `(B, P)`): The nodes, root first.
         tokens (`torch.LongTensor` of shape `(B, P)`): The target's choice after each.
         num_steps (`torch.LongTensor` of shape `(B,)`): How many nodes were reached, at least the root.
-        is_valid (`torch.BoolTensor` of shape `(B, P)`): Whether the scores there are a distribution.
-        scores (`torch.Tensor` of shape `(B, P, V)`): The processed scores there.
+        processed (`torch.Tensor` of shape `(B, M, V)`): Processed scores, of all nodes or of the path alone.
+        places (`torch.LongTensor` of shape `(B, P)`): Where among them those of the path are.
     """
 
     path: Tensor
     tokens: Tensor
     num_steps: Tensor
-    is_valid: Tensor
-    scores: Tensor
+    processed: Tensor
+    places: Tensor
+
+    @cached_property
+    def scores(self) -> Tensor:
+        """The processed scores along the path, `(B, P, V)`."""
+        return self.processed.gather(1, self.places[..., None].expand(-1, -1, self.processed.shape[-1]))
+
+    @cached_property
+    def is_valid(self) -> Tensor:
+        """Whether they are a distribution, bool `(B, P)`."""
+        return is_distribution(self.scores)
 
 
 def walk_at_once(
@@ -66,8 +77,7 @@ def walk_at_once(
         is_reached = ~(tree.attends & ~is_chosen[:, None]).any(dim=-1)
     path = (~is_reached).int().sort(dim=1, stable=True).indices[:, : tree.deepest + 1]
     scores = scores.view(batch_size, num_nodes, vocab_size)
-    scores = scores.gather(1, path[..., None].expand(-1, -1, vocab_size))
-    return Walk(path, tokens.gather(1, path), is_reached.sum(dim=1), is_distribution(scores), scores)
+    return Walk(path, tokens.gather(1, path), is_reached.sum(dim=1), scores, places=path)
 
 
 def limit_walk(
@@ -93,7 +103,7 @@ def limit_walk(
         How many each gets, `(B,)`, and whether the last of them ends it, bool `(B,)`.
     """
     longest = walk.path.shape[1]
-    ends = torch.zeros_like(walk.is_valid)
+    ends = torch.zeros_like(walk.tokens, dtype=torch.bool)
     if eos_token_ids is not None:
         ends = torch.isin(walk.tokens, eos_token_ids) & ~is_frozen[:, None]
     num_new = torch.minimum(walk.num_steps, room)
@@ -158,7 +168,9 @@ def walk_step_by_step(
         has_child, nodes = tree.children(nodes, tokens[-1])
         is_walking = is_walking & has_child
     path, tokens, scores = (torch.stack(each, dim=1) for each in (path, tokens, scores))
-    return Walk(path, tokens, num_steps, is_distribution(scores), scores)
+    return Walk(
+        path, tokens, num_steps, scores, places=torch.arange(path.shape[1], device=path.device).expand_as(path)
+    )
 
 
 def process_by_length(

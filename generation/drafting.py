@@ -15,6 +15,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 from .memory import DraftMemory
 from .sampling import Noise, RowNoise, stateless_warpers
 from .support import TreePlan
+from .top_tokens import best_log_probs, best_scores
 from .tree import DraftTree, build_chain, build_tree
 
 # A draft's q is flatter than the p of any one context, so that it expects noise to turn more choices than it does.
@@ -80,14 +81,14 @@ def draft_tree(
     token_ids, parents, scores = [], [], []
     for depth in range(plan.depth):
         logits, num_before = outputs.logits, sum(each.shape[1] for each in scores)
-        log_probs = expected_log_probs(draft, logits, warpers, noise, depth, sharpness)
-        log_probs, draft_ids = best_of(log_probs, plan.top_k)
+        expected = expected_scores(draft, logits, warpers, noise, depth, sharpness)
+        log_probs, draft_ids = best_log_probs(expected, plan.top_k)
         token_ids.append(draft.draft_to_target(draft_ids).flatten(1))  # (B, W * top_k)
         parents.append(frontier.candidates.repeat_interleave(plan.top_k, dim=1))
         scores.append((frontier.scores[..., None] + log_probs).flatten(1))
         if depth + 1 == plan.depth or is_unsure(logits, draft_ids, plan.confidence_threshold):
             break
-        chosen_scores, chosen = scores[-1].topk(plan.top_k)
+        chosen_scores, chosen = best_scores(scores[-1], plan.top_k)
         rows = (chosen // plan.top_k)[..., None]  # (B, W, 1)
         sees = frontier.sees.gather(1, rows.expand(-1, -1, frontier.sees.shape[-1]))
         frontier = Frontier(num_before + chosen, chosen_scores, torch.cat([sees, itself], dim=2))
@@ -105,7 +106,7 @@ def draft_tree(
     return build_tree(root, proposals, parents, scores, plan.num_nodes, max_depth=len(token_ids))
 
 
-def expected_log_probs(
+def expected_scores(
     draft,
     logits: Tensor,
     warpers: LogitsProcessorList,
@@ -114,32 +115,17 @@ def expected_log_probs(
     sharpness: float,
 ) -> Tensor:
     """
-    Log-probability of each draft id to be the target's choice, fp32, given the draft's logits `(B, W, Vd)`.
+    Scores whose softmax says how probably each draft id is the target's choice, given the draft's logits `(B, W, Vd)`.
 
-    When sampling, the target will choose `argmax(p / e)`. The draft knows e, so its guess is `q^b / e`, normalised,
-    with its own distribution q under the target's temperature and filters, and b the `sharpness`.
+    When sampling, the target will choose `argmax(p / e)`. The draft knows e, so its guess is `q^b / e`, with its own
+    distribution q under the target's temperature and filters, and b the `sharpness`.
     """
     if noise is None:
-        return logits.float().log_softmax(dim=-1)
+        return logits
     all_ids = draft.draft_to_target(torch.arange(logits.shape[-1], device=logits.device))  # (Vd,)
     ahead_noise = noise.peek(ahead).to(logits.device)[:, None, all_ids]  # (B, 1, Vd)
     warped = warpers(None, logits.float().flatten(0, 1)).view(logits.shape)
-    return (sharpness * warped.log_softmax(dim=-1) - ahead_noise.log()).log_softmax(dim=-1)
-
-
-def best_of(log_probs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """
-    As `log_probs.topk(top_k)`, `(B, W, Vd)` -> `(B, W, top_k)` twice.
-
-    A GPU looks for the best of many parts of few rows at once, then for the best of these.
-    """
-    num_parts = next((count for count in (16, 20, 25, 32, 50) if log_probs.shape[-1] % count == 0), 1)
-    if not log_probs.is_cuda or log_probs.shape[-1] < max(64, top_k) * num_parts:
-        return log_probs.topk(top_k)
-    best, places = log_probs.unflatten(-1, (num_parts, -1)).topk(top_k)  # (B, W, parts, top_k)
-    firsts = torch.arange(0, log_probs.shape[-1], log_probs.shape[-1] // num_parts, device=log_probs.device)
-    best, chosen = best.flatten(-2).topk(top_k)
-    return best, (places + firsts[:, None]).flatten(-2).gather(-1, chosen)
+    return sharpness * warped.log_softmax(dim=-1) - ahead_noise.log()
 
 
 def is_unsure(logits: Tensor, draft_ids: Tensor, threshold: float | None) -> bool:

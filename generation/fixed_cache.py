@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from .slot_writing import write_to_slots
+
 
 class FixedLayer(CacheLayerMixin):
     """
@@ -26,15 +28,14 @@ class FixedLayer(CacheLayerMixin):
     def __init__(self, keys: Tensor, values: Tensor):
         super().__init__()
         self.keys, self.values, self.is_initialized = keys, values, True
-        self.places: tuple[Tensor, Tensor] | None = None
+        self.slots: Tensor | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The buffers are there from the start."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Writes `(B, G, N, width)` at the slots and returns the buffers."""
-        self.keys.transpose(1, 2).index_put_(self.places, key_states.transpose(1, 2))
-        self.values.transpose(1, 2).index_put_(self.places, value_states.transpose(1, 2))
+        write_to_slots(self.keys, self.values, self.slots, key_states, value_states)
         return self.keys, self.values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -117,9 +118,8 @@ class FixedCache(Cache):
 
     def write_at(self, slots: Tensor) -> None:
         """The slots `(B, N)` of what the next forward appends."""
-        rows = torch.arange(len(slots), device=slots.device)[:, None].expand_as(slots)
         for layer in self.layers:
-            layer.places = rows, slots
+            layer.slots = slots
 
     def move(self, sources: Tensor, slots: Tensor) -> None:
         """Copies what stands at the slots `sources (B, P)` to `slots (B, P)`, in all layers at once."""

@@ -26,7 +26,8 @@ from .choice import limit_walk, report_walk, walk_at_once
 from .compilation import compiled
 from .drafting import draft_tree
 from .fixed_buffers import TextBuffers
-from .fused_target import HALF_PRECISION, TreeInSlots, fused_norms, tree_attention
+from .fused_rope import HALF_PRECISION
+from .fused_target import TreeInSlots, fused_operations, tree_attention
 from .memory import additive_mask
 from .ragged import MAX_LEAD
 from .support import TreePlan
@@ -86,7 +87,7 @@ class FixedRounds:
         self.pad_token_id = counts.new_tensor(ends.pad_token_id if self.freezes else -1)
         self.eos_token_ids = None if ends.eos_token_ids is None else counts.new_tensor(ends.eos_token_ids)
         self.logits = None
-        self.fuses = False
+        self.fuses = self.is_compiled = False
         self.listener = draft.capture_fused_states(target)
 
     def capture(self, fuses: bool, compile_config: CompileConfig | None) -> None:
@@ -94,17 +95,17 @@ class FixedRounds:
         Makes each stage one launch of a CUDA graph, which stands in the place of the method.
 
         Args:
-            fuses (`bool`): Whether the target's attention and norms may be those of `fused_target.py`.
+            fuses (`bool`): Whether the models may run what `fused_target.py` has for them.
             compile_config (`CompileConfig`, *optional*): How to compile both models.
 
         Raises:
             RuntimeError: If a model asks something of the device.
         """
-        self.fuses, target = fuses, self.whose()
+        self.fuses, self.is_compiled, target = fuses, compile_config is not None, self.whose()
         if compile_config is not None:
             self.listener.thread = None  # a compiler does not know of threads
         with (
-            fused_norms(target) if fuses and compile_config is None else nullcontext(),
+            fused_operations(target, self.draft) if fuses and compile_config is None else nullcontext(),
             compiled(compile_config, target, self.draft),
         ):
             stages = capture(self._stages(), self.path.device)
@@ -163,7 +164,10 @@ class FixedRounds:
         attention, masks = nullcontext(), None
         if self.fuses:
             view = TreeInSlots(buffers.lengths, buffers.first, tree.attends, tree.depths)
-            attention, masks = tree_attention(self.whose(), view), buffers.lengths.new_zeros(1, 1, 1, 1)
+            attention, masks = (
+                tree_attention(self.whose(), view, self.is_compiled),
+                buffers.lengths.new_zeros(1, 1, 1, 1),
+            )
         else:
             masks = self._masks(tree, slots, places)
         with self.listener, attention:

@@ -1,27 +1,32 @@
-"""What a target's captured forward does better than its own code, with the same numbers up to rounding.
+"""What a captured forward does better than a model's own code, with the same numbers up to rounding.
 
     attention    to a tree by `tree_attention.py`: no mask of all slots, keys and values are not repeated for every
                  query head, and slots that are not in use cost nothing
-    RMSNorm      one kernel instead of six
+    RMSNorm      one kernel instead of six (`fused_norm.py`), with the sum before it (`fused_residual.py`)
+    RoPE         one kernel instead of ten (`fused_rope.py`)
+    MLP          the gate in one kernel instead of two (`fused_mlp.py`), the draft's as well
 
-Both are put in place while a graph is captured, and only then: what a graph has recorded it keeps.
+All are put in place while a graph is captured, and only then: what a graph has recorded it keeps. Each but the first
+is tried on random numbers before; a model that computes something else runs its own code.
 
 Shapes: B batch, N nodes, H heads, G key-value heads, K slots.
 """
 
+import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from .fused_mlp import fused_mlps
+from .fused_norm import fused_norms
+from .fused_residual import fused_residuals
+from .fused_rope import fused_draft_rope, fused_rope
 from .opaque_ops import tree_attention_op
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
 NAME = "eagle3_mla_tree"
 # What attention functions get that has no bearing on the result at inference, or says what is known here anyhow.
 KNOWN_ARGUMENTS = {"dropout", "position_ids", "is_causal", "use_cache", "cache_position", "logits_to_keep"}
@@ -45,6 +50,7 @@ class TreeInSlots:
 
 # Of the graph that is being captured: attention functions get nothing but tensors of their layer.
 _trees: list[TreeInSlots] = []
+_threads: list[int] = []
 
 
 def attend_to_tree(
@@ -78,48 +84,48 @@ AttentionInterface.register(NAME, attend_to_tree)
 
 
 @contextmanager
-def tree_attention(target: PreTrainedModel, tree: TreeInSlots) -> Iterator[None]:
-    """While the context is open, `target` attends to the slots by `tree`; masks are not looked at."""
+def tree_attention(target: PreTrainedModel, tree: TreeInSlots, is_compiled: bool) -> Iterator[None]:
+    """
+    While the context is open, `target` attends to the slots by `tree`; masks are not looked at.
+
+    Other threads, which may run the target meanwhile, have its own attention; not so if it `is_compiled`, because a
+    compiler does not know of threads.
+    """
     config = target.config.get_text_config(decoder=True)
-    implementation = config._attn_implementation_internal
-    config._attn_implementation_internal = NAME
+    kind, implementation = type(config), config._attn_implementation_internal
+    if is_compiled:
+        config._attn_implementation_internal = NAME
+    else:
+        config.__class__ = of_one_thread(kind)
     _trees.append(tree)
+    _threads.append(threading.get_ident())
     try:
         yield
     finally:
         _trees.pop()
-        config._attn_implementation_internal = implementation
+        _threads.pop()
+        config.__class__, config._attn_implementation_internal = kind, implementation
+
+
+@cache
+def of_one_thread(kind: type) -> type:
+    """A configuration like `kind` with the attention to trees in the thread that records a graph."""
+
+    def implementation(config) -> str:
+        return NAME if threading.get_ident() in _threads else kind._attn_implementation.fget(config)
+
+    setter = kind._attn_implementation.fset
+    return type(kind.__name__, (kind,), {"_attn_implementation": property(implementation, setter)})
 
 
 @contextmanager
-def fused_norms(target: PreTrainedModel) -> Iterator[None]:
-    """While the context is open, each RMSNorm of `target` that is the usual one runs as one kernel."""
-    with ExitStack() as stack:
-        for module in target.modules():
-            if type(module).__name__.endswith("RMSNorm") and is_usual_norm(module):
-                module.forward = partial(fused_norm, module.weight, module.variance_epsilon)
-                stack.callback(delattr, module, "forward")
+def fused_operations(target: PreTrainedModel, draft: nn.Module) -> Iterator[None]:
+    """While the context is open, what lies between the matrix products of both models takes fewer kernels."""
+    with (
+        fused_residuals(target),  # before the others: it tries MLPs and norms as they are
+        fused_norms(target, draft),
+        fused_rope(target),
+        fused_draft_rope(draft),
+        fused_mlps(target, draft),
+    ):
         yield
-
-
-def is_usual_norm(module: nn.Module) -> bool:
-    """Whether a norm computes what [`fused_norm`] does, in half precision; tried on random states."""
-    names = dict(module.named_parameters(recurse=False))
-    eps = vars(module).get("variance_epsilon")
-    if set(names) != {"weight"} or eps is None or module.weight.dtype not in HALF_PRECISION:
-        return False
-    weight = module.weight
-    states = torch.randn(8, weight.shape[0], device=weight.device, dtype=weight.dtype, generator=generator_on(weight))
-    expected = module(states)
-    tolerance = 4 * torch.finfo(weight.dtype).eps
-    return torch.allclose(fused_norm(weight, eps, states), expected, rtol=tolerance, atol=tolerance)
-
-
-def fused_norm(weight: Tensor, eps: float, states: Tensor) -> Tensor:
-    """RMSNorm (arXiv:1910.07467) of `(..., D)`."""
-    return F.rms_norm(states, weight.shape, weight, eps)
-
-
-def generator_on(tensor: Tensor) -> torch.Generator:
-    """A generator of its own: nobody's random numbers are used up."""
-    return torch.Generator(tensor.device).manual_seed(0)

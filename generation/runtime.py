@@ -34,6 +34,8 @@ KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache"
 KNOWN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 _in_use = threading.Lock()
+# When the device is done with the call before: it may have run on another stream.
+_last_uses: list[torch.cuda.Event] = []
 
 
 def takes_fixed_shapes(
@@ -128,6 +130,7 @@ def decode_at_fixed_shapes(
     if not _in_use.acquire(blocking=False):
         return False  # the buffers are another thread's for now
     try:
+        wait_for_last_use(target.device)
         with stats.times.draft:
             memory.read_prompt(draft, target)
         draw = texts.noise.peek(0) if transcript.do_sample else None
@@ -148,7 +151,20 @@ def decode_at_fixed_shapes(
         shelf.buffers.memory.give_back(memory)
         return True
     finally:
+        note_use(target.device)
         _in_use.release()
+
+
+def wait_for_last_use(device: torch.device) -> None:
+    """Lets what comes on this stream begin after the call before, which may have left work on another one."""
+    while _last_uses:
+        torch.cuda.current_stream(device).wait_event(_last_uses.pop())
+
+
+def note_use(device: torch.device) -> None:
+    """Marks the end of a call on its stream."""
+    if device.type == "cuda":
+        _last_uses.append(torch.cuda.current_stream(device).record_event())
 
 
 def is_padded_left(mask: Tensor | None) -> bool:

@@ -620,6 +620,43 @@ def test_calls_share_graphs_until_weights_move(graphs):
 
 
 @pytest.mark.gpu
+def test_call_on_another_stream_waits_until_the_buffers_are_free(monkeypatch):
+    """A call returns before the device has copied its cache; the next one writes into the same buffers."""
+    target = TARGETS["llama"]().eval().cuda()
+    draft, prompts = set_tree(make_draft(target), *SHAPES["tree"]).cuda(), [on_cuda(make_prompt(9)) for _ in range(2)]
+    expected = [call(target, prompt, do_sample=False)[1] for prompt in prompts]
+    give_back = FixedCache.give_back
+    monkeypatch.setattr(FixedCache, "give_back", lambda *given: torch.cuda._sleep(1_000_000_000) or give_back(*given))
+    call(target, prompts[0], assistant_model=draft, do_sample=False)
+    caches = []
+    for prompt in prompts:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            caches.append(call(target, prompt, assistant_model=draft, do_sample=False)[1])
+    torch.cuda.synchronize()
+    for cache, plain in zip(caches, expected, strict=True):
+        assert_same_cache(cache, plain)
+
+
+@pytest.mark.gpu
+def test_text_of_another_thread_is_plain_while_rounds_are_captured(monkeypatch):
+    target = TARGETS["llama"]().eval().cuda().bfloat16()
+    draft, prompt = set_tree(make_draft(target), *SHAPES["tree"]).cuda().bfloat16(), on_cuda(make_prompt(9))
+    expected, texts = call(target, prompt, do_sample=False)[0], []
+
+    def captured_meanwhile(*given):
+        thread = threading.Thread(target=lambda: texts.append(call(target, prompt, do_sample=False)[0]))
+        thread.start()
+        thread.join()
+        return verify(*given)
+
+    verify = fixed_rounds.FixedRounds.verify
+    monkeypatch.setattr(fixed_rounds.FixedRounds, "verify", captured_meanwhile)
+    call(target, prompt, do_sample=False, assistant_model=draft)
+    assert len(texts) >= 2
+    assert all(text == expected for text in texts)
+
+
+@pytest.mark.gpu
 def test_adapter_that_is_switched_off_gets_graphs_of_its_own(graphs):
     peft = pytest.importorskip("peft")
     target = TARGETS["llama"]().eval()

@@ -1,0 +1,51 @@
+"""The best tokens of a draft with their log-probabilities, without all the others'.
+
+A draft asks for the `top_k` best of its vocabulary for every node that it continues. On a GPU two Triton kernels read
+the scores once; elsewhere they are normalised and sorted out by PyTorch.
+
+Shapes: V tokens.
+"""
+
+import torch
+from torch import Tensor
+
+from .latent_attention import has_triton
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# The kernels take the best one after the other, and hold those of all parts of the vocabulary at once.
+MOST_BEST = 32
+MOST_SCORES = 2**18
+MOST_AT_ONCE = 1024
+
+
+def best_log_probs(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """
+    The best of `scores.float().log_softmax(-1)` in falling order and their places, `(..., V)` -> `(..., top_k)` twice.
+
+    Of equal scores the kernels take the first ones, PyTorch any; a tree may be drafted of either.
+    """
+    if not runs_on_triton(scores, top_k):
+        return scores.float().log_softmax(dim=-1).topk(top_k)
+    from .top_tokens_triton import best
+
+    return best(scores, top_k)
+
+
+def best_scores(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """As `scores.topk(top_k)`, of a few scores `(..., V)`; of equal ones the kernel takes the first."""
+    if not runs_on_triton(scores, top_k) or scores.shape[-1] > MOST_AT_ONCE:
+        return scores.topk(top_k)
+    from .top_tokens_triton import best_at_once
+
+    return best_at_once(scores, top_k)
+
+
+def runs_on_triton(scores: Tensor, top_k: int) -> bool:
+    is_supported = scores.is_cuda and scores.dtype in KERNEL_DTYPES and scores.shape[-1] <= MOST_SCORES
+    return is_supported and top_k <= MOST_BEST and has_triton()
+
+
+def best_by_definition(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """[`best_log_probs`] as the kernels compute it: of equal scores the first ones."""
+    places = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    return scores.float().log_softmax(dim=-1).gather(-1, places), places

@@ -1,0 +1,120 @@
+"""The best tokens of a draft: kernels against a stable sort."""
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from eagle3_mla.generation import top_tokens as module
+from eagle3_mla.generation.top_tokens import best_by_definition, best_log_probs
+
+in_interpreter = pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# Less than a part, a whole number of parts, a bit more; one row and several.
+SHAPES = [((1, 1, 48), 1), ((2, 3, 2048), 10), ((1, 4, 2500), 7), ((1, 1, 12), 12)]
+BIG_SHAPES = [((1, 10, 32000), 10), ((4, 10, 32000), 10), ((1, 1, 128256), 1), ((1, 32, 151936), 32)]
+
+
+def compare(scores: torch.Tensor, top_k: int) -> None:
+    from eagle3_mla.generation.top_tokens_triton import best
+
+    values, places = best(scores, top_k)
+    expected, expected_places = best_by_definition(scores, top_k)
+    assert torch.equal(places, expected_places)
+    torch.testing.assert_close(values, expected, rtol=2e-6, atol=2e-6)
+
+
+@in_interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "top_k"), SHAPES, ids=str)
+def test_kernels_take_the_best_in_the_interpreter(shape, top_k, dtype):
+    pytest.importorskip("triton")
+    compare(4 * torch.randn(shape).to(dtype), top_k)
+
+
+def compare_at_once(scores: torch.Tensor, top_k: int) -> None:
+    from eagle3_mla.generation.top_tokens_triton import best_at_once
+
+    values, places = best_at_once(scores, top_k)
+    expected_places = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
+    assert torch.equal(places, expected_places)
+    assert torch.equal(values, scores.gather(-1, expected_places))
+
+
+@in_interpreter
+@pytest.mark.parametrize(("shape", "top_k"), [((2, 100), 10), ((3, 1), 1), ((1, 1024), 32), ((2, 9), 9)], ids=str)
+def test_few_scores_are_looked_at_once_in_the_interpreter(shape, top_k):
+    pytest.importorskip("triton")
+    compare_at_once(torch.randn(shape), top_k)
+    compare_at_once(torch.randint(-2, 3, shape).float(), top_k)
+
+
+def tied_scores(device: str = "cpu") -> torch.Tensor:
+    """Few different numbers, zeros of both signs among them, and rows without a single finite one but some."""
+    scores = torch.randint(-2, 3, (1, 5, 3000), device=device).float()
+    scores[scores == 0] *= torch.where(torch.rand(int((scores == 0).sum()), device=device) < 0.5, -1.0, 1.0)
+    scores[:, 1] = -float("inf")
+    scores[:, 1, 1500:1520] = -700.0
+    scores[:, 2, ::2] = -float("inf")
+    return scores
+
+
+@in_interpreter
+def test_kernels_take_the_first_of_equal_scores_in_the_interpreter():
+    pytest.importorskip("triton")
+    compare(tied_scores(), 10)
+
+
+@in_interpreter
+@pytest.mark.parametrize("value", [float("nan"), -float("inf"), float("inf")])
+def test_places_are_different_tokens_whatever_the_scores_are(value):
+    """An index beyond the vocabulary ends the process on a GPU."""
+    pytest.importorskip("triton")
+    from eagle3_mla.generation.top_tokens_triton import best
+
+    scores = torch.full((1, 2, 1500), value)
+    scores[0, 1, 1100:] = 1.0
+    _, places = best(scores, 10)
+    assert all(len(set(row)) == 10 and min(row) >= 0 and max(row) < 1500 for row in places[0].tolist())
+
+
+@in_interpreter
+def test_rows_may_lie_apart_in_memory():
+    pytest.importorskip("triton")
+    compare(torch.randn(2, 8, 1300)[:, ::3, :1100], 4)
+
+
+@pytest.mark.parametrize(("shape", "top_k"), SHAPES, ids=str)
+def test_without_a_gpu_the_best_are_the_same(shape, top_k):
+    scores = torch.randn(shape)
+    values, places = best_log_probs(scores, top_k)
+    expected, expected_places = best_by_definition(scores, top_k)
+    assert torch.equal(places, expected_places)
+    assert torch.equal(values, expected)
+
+
+def test_double_precision_and_many_best_never_reach_the_kernels(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    scores = torch.zeros(1, 64)
+    assert not module.runs_on_triton(scores.double(), 4)
+    assert not module.runs_on_triton(scores, module.MOST_BEST + 1)
+    assert not module.runs_on_triton(torch.zeros(1, 1).expand(1, module.MOST_SCORES + 1), 4)
+    assert module.runs_on_triton(scores, module.MOST_BEST) == (find_spec("triton") is not None)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "top_k"), [*SHAPES, *BIG_SHAPES], ids=str)
+def test_kernels_take_the_best_on_a_gpu(shape, top_k, dtype):
+    compare(4 * torch.randn(shape, device="cuda").to(dtype), top_k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("shape", "top_k"), [((4, 100), 10), ((32, 1024), 32)], ids=str)
+def test_few_scores_are_looked_at_once_on_a_gpu(shape, top_k):
+    compare_at_once(torch.randint(-9, 9, shape, device="cuda").float(), top_k)
+
+
+@pytest.mark.gpu
+def test_kernels_take_the_first_of_equal_scores_on_a_gpu():
+    compare(tied_scores("cuda"), 10)
