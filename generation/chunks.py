@@ -7,6 +7,7 @@ generation.
 Shapes: B batch, T tokens, V vocabulary.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
@@ -86,6 +87,11 @@ def check_chunks(target: PreTrainedModel, target_cache: Cache) -> None:
             f"The `sliding_window` of {name} must be at least 2 for an EAGLE-3 draft, got 1, with which the "
             "cache drops nothing. Pass no `assistant_model`."
         )
+    if getattr(target.config.get_text_config(decoder=True), "cross_attention_layers", None):
+        raise NotImplementedError(
+            f"{name} has `cross_attention_layers`, which keep an image in the cache that a round would shorten. "
+            "Pass no `assistant_model`."
+        )
     known = _known_targets.setdefault(target, {})
     settings = target.config._attn_implementation, target.dtype, getattr(target.config, "is_causal", None)
     if settings not in known:
@@ -134,6 +140,8 @@ def _why_not(target: PreTrainedModel) -> str | None:
 def _read_chunk(target: PreTrainedModel, prompt: Tensor, chunk: Tensor) -> Tensor | None:
     """The target's logits `(T, V)` after each token of `chunk (T,)`, fp32; `None` if it has no cache."""
     cache, ids = DynamicCache(config=target.config), torch.cat([prompt, chunk])[None]
+    takes_positions = "position_ids" in inspect.signature(target.forward).parameters
+    positions = torch.arange(ids.shape[1], device=ids.device)[None]
     for start, stop in (0, len(prompt)), (len(prompt), ids.shape[1]):
         inputs = target.prepare_inputs_for_generation(
             ids[:, :stop],
@@ -141,6 +149,8 @@ def _read_chunk(target: PreTrainedModel, prompt: Tensor, chunk: Tensor) -> Tenso
             past_key_values=cache,
             attention_mask=torch.ones_like(ids[:, :stop]),
             use_cache=True,
+            # Qwen2.5-VL and its kin would count those of all tokens, and remember it for a later turn.
+            **({"position_ids": positions[:, :stop]} if takes_positions else {}),
         )
         outputs = target(**inputs, return_dict=True)
         cache = getattr(outputs, "past_key_values", None)

@@ -294,6 +294,6 @@ def _check_cache(generation_config: GenerationConfig, model_kwargs: dict) -> Non
     if cache.offloading:
         raise NotImplementedError(
             "The target's cache must not be offloaded for an EAGLE-3 draft, got `offloading=True` "
-            f"(`cache_implementation={generation_config.cache_implementation!r}`): rounds move rows while these are "
-            "copied. Leave it out."
+            f"(`cache_implementation={generation_config.cache_implementation!r}`): rounds would move rows while they "
+            "are copied. Leave it out."
         )

@@ -143,9 +143,15 @@ class Transcript:
         self.num_flushed = self.input_ids.shape[1]
 
     def _stream(self) -> None:
-        new_tokens = self.input_ids[:, self.num_flushed :].cpu().unbind(dim=1)
-        for tokens, state in zip(new_tokens, self.random_states, strict=True):
-            if self.generator is not None:
+        new_tokens, states = self.input_ids[:, self.num_flushed :].cpu().unbind(dim=1), self.random_states
+        is_drawn = self.generator is not None and any(not torch.equal(state, states[-1]) for state in states)
+        for tokens, state in zip(new_tokens, states, strict=True):
+            if is_drawn:
                 self.generator.set_state(state)
             self.streamer.put(tokens)
+            if is_drawn and state is not states[-1] and not torch.equal(self.generator.get_state(), state):
+                raise RuntimeError(
+                    f"`streamer` ({type(self.streamer).__name__}) must not draw random numbers while tokens are "
+                    "sampled, which would change them. Give it a generator of its own, or pass no `assistant_model`."
+                )
         self.random_states.clear()

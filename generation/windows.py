@@ -11,6 +11,7 @@ sequence can still see and shows all of it; the mask carries the windows.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from torch import Tensor
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -28,6 +29,12 @@ class RecordingLayer(DynamicSlidingWindowLayer):
     def __init__(self, layer: DynamicSlidingWindowLayer):
         super().__init__(layer.sliding_window)
         vars(self).update(vars(layer))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Old transformers return the whole record, which masks do not cover."""
+        states = super().update(key_states, value_states, *args, **kwargs)
+        keys, values = (each[:, :, -(self.sliding_window - 1 + key_states.shape[2]) :] for each in states)
+        return keys, values
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove < 0:

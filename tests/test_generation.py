@@ -252,6 +252,30 @@ def test_streamer_that_raises_leaves_the_random_state_of_the_tokens_it_took(llam
         assert streamer.has_ended
 
 
+class DrawingStreamer(RecordingStreamer):
+    """Moves the global random generator with every piece."""
+
+    def put(self, value):
+        super().put(value)
+        torch.rand(1)
+
+
+@pytest.mark.parametrize("fixed_shapes", [False, True], ids=["changing", "fixed"])
+def test_streamer_that_draws_random_numbers_is_left_alone_or_named(llama, fixed_shapes):
+    """Where nothing is sampled its draws are its own; otherwise they would decide what has been chosen already."""
+    draft, prompt = set_tree(make_draft(llama), 7, 3), make_prompt(6)
+    draft.generation_config.fixed_shapes = fixed_shapes
+    states = []
+    for assistance in {}, {"assistant_model": draft}:
+        torch.manual_seed(0)
+        llama.generate(**prompt, max_new_tokens=20, do_sample=False, streamer=DrawingStreamer(), **assistance)
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    assert sum(draft.speculation_stats.accepted_by_depth) > 0
+    with pytest.raises(RuntimeError, match=r"`streamer` \(DrawingStreamer\) must not draw random numbers"):
+        llama.generate(**prompt, max_new_tokens=40, do_sample=True, streamer=DrawingStreamer(), assistant_model=draft)
+
+
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
 @pytest.mark.parametrize("lengths", [[5], [5, 3]], ids=["one", "batch"])
 def test_processor_that_raises_leaves_the_random_state_of_plain_generation(llama, lengths, do_sample):

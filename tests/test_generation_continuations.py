@@ -52,15 +52,20 @@ def test_returned_cache_goes_on_in_plain_generation_as_a_plain_one(name, lengths
 def test_cache_that_records_its_past_keeps_all_of_it(lengths, shape):
     """Its owner wants to crop it, which its windows allow for as long as they record."""
     target, prompt = TARGETS["gemma3-window-8"]().eval(), make_prompts(lengths)
-    draft, caches = set_tree(make_draft(target), *shape), []
-    for assistance in {}, {"assistant_model": draft}:
-        cache = DynamicCache(config=target.config)
-        cache.activate_past_recording()
-        run(target, prompt, do_sample=False, past_key_values=cache, **assistance)
-        cache.crop(-3)
-        caches.append(cache)
-    assert_same_cache(*caches[::-1])
-    assert all(layer.record_past for layer in caches[1].layers)
+    cache, expected = (DynamicCache(config=target.config) for _ in range(2))
+    for each in cache, expected:
+        each.activate_past_recording()
+    draft, settings = set_tree(make_draft(target), *shape), {"do_sample": False, "max_new_tokens": 20}
+    text = target.generate(**prompt, past_key_values=cache, assistant_model=draft, **settings)
+    assert text.tolist() == target.generate(**prompt, **settings).tolist()
+    mask = torch.cat([prompt["attention_mask"], torch.ones(len(text), 19, dtype=torch.long)], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    with torch.no_grad():
+        target(text[:, :-1], attention_mask=mask, position_ids=positions, past_key_values=expected)
+    assert all(layer.record_past for layer in cache.layers)
+    for each in cache, expected:
+        each.crop(-3)
+    assert_same_cache(cache, expected)
 
 
 def next_turn(prompt, sequences, eos_token_id=None, num_new: int = 6):

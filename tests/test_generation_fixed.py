@@ -447,14 +447,13 @@ class ScalingCache(DynamicCache):
 
 
 def test_caches_with_ways_of_their_own_take_the_other_loop(llama, caplog, monkeypatch, ways):
-    monkeypatch.setattr(runtime, "_reasons_given", set())
+    monkeypatch.setattr(shelf, "_reasons_given", set())
     target, prompt = TARGETS["mistral-window-8"]().eval(), make_prompts([9, 5])
-    recording = [DynamicCache(config=target.config) for _ in range(2)]
-    for cache in recording:
-        cache.activate_past_recording()
-    for model, (plain_cache, cache) in [
-        (llama, [ScalingCache(config=llama.config) for _ in range(2)]),
-        (target, recording),
+    recording = DynamicCache(config=target.config)
+    recording.activate_past_recording()
+    for model, plain_cache, cache in [
+        (llama, ScalingCache(config=llama.config), ScalingCache(config=llama.config)),
+        (target, DynamicCache(config=target.config), recording),
     ]:
         plain, _, state = call(model, prompt, do_sample=True, past_key_values=plain_cache)
         assisted = call(model, prompt, do_sample=True, past_key_values=cache, assistant_model=make_fixed(model))
