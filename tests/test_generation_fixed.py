@@ -447,7 +447,7 @@ class ScalingCache(DynamicCache):
 
 
 def test_caches_with_ways_of_their_own_take_the_other_loop(llama, caplog, monkeypatch, ways):
-    monkeypatch.setattr(runtime, "_reasons_given", set())
+    monkeypatch.setattr(shelf, "_reasons_given", set())
     target, prompt = TARGETS["mistral-window-8"]().eval(), make_prompts([9, 5])
     recording = [DynamicCache(config=target.config) for _ in range(2)]
     for cache in recording:
