@@ -62,15 +62,17 @@ def compare_rotation(shape, dtype: torch.dtype, device: str) -> None:
 
 
 def compare_gates(activation: str, dtype: torch.dtype, device: str, size: int) -> None:
-    """On a GPU bit for bit; the interpreter's functions are others, so that a result may be the next number."""
+    """The functions of a compiler may round otherwise in float32: then a result is the next number, and seldom."""
     from eagle3_mla.generation.fused_kernels_triton import gate
 
     gates, values = (scale * torch.randn(2, 3, size, device=device).to(dtype) for scale in (4, 1))
     gates[0, 0, :2] = torch.tensor([60.0, -60.0])
     found, expected = gate(gates, values, activation), gate_by_definition(gates, values, activation)
     assert found.dtype == dtype
-    eps = torch.finfo(dtype).eps if device == "cpu" else 0.0
+    eps = torch.finfo(dtype).eps
     torch.testing.assert_close(found.float(), expected.float(), rtol=2 * eps, atol=eps * 1e-2)
+    # Where GELU is nearly zero, half of its digits are lost in a difference.
+    assert activation != "silu" or (found != expected).float().mean() <= 2e-3
 
 
 def compare_writing(shape, dtype: torch.dtype, device: str) -> None:
