@@ -159,7 +159,8 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
 def tile_sizes(num_rows: int, latent_dim: int, rope_dim: int) -> dict[str, int]:
     """Sizes of a tile, its warps and stages; shared memory holds tiles, their queries and a group's key matrix."""
     is_long = rope_dim == 0 and latent_dim <= 256
-    block_rows = 16 if num_rows <= (16 if rope_dim == 0 else 32) or latent_dim > 256 else 32
+    # With 32 rows registers do not suffice for turning keys, nor for wide latents.
+    block_rows = 16 if num_rows <= 32 or rope_dim == 0 or latent_dim > 256 else 32
     num_stages = 3 if rope_dim > 0 and latent_dim <= 256 and block_rows == 16 else 2
     return {
         "CHUNK": latent_dim & -latent_dim,
