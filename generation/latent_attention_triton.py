@@ -12,6 +12,7 @@ nothing to do writes nothing, and the joining kernel knows it by the same arithm
 
 With R = 0 keys are turned by their place in a tile, by angles that never change, and the query back by the place of
 the tile. W_uk is read so that the halves of a head take turns: the two entries that RoPE mixes then lie side by side.
+That takes registers, so that many rows, or wide latents, have a kernel of their own (`latent_attention_wide_triton.py`).
 
 The latent width is never padded where attention is computed: it is taken in chunks of the largest power of two that
 divides it. Rows, slots, head width and R are masked.
@@ -27,7 +28,21 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-MIN_BLOCK = 16  # of a dimension of a matrix product
+from .latent_attention_wide_triton import wide_part_kernel, wide_tile_sizes
+from .latent_tiles_triton import (
+    add_to_softmax,
+    angles_at,
+    block_of,
+    cos_sin,
+    empty_softmax,
+    own_tiles,
+    rows_of_group,
+    store_part,
+    tiles_of_part,
+    turned,
+)
+
+ROTATED_ROWS = 16  # of a group, for which keys are turned by tiles
 ABSORBED_ENTRIES = 64
 JOINED_PARTS = 16
 # Of W_uv in the registers of a program.
@@ -48,8 +63,11 @@ def attend(
     num_slots, latent_dim = c_kv.shape[2:]
     (num_groups, head_dim, _), rope_dim = w_uk.shape, k_rope.shape[-1]
     num_key_groups = num_groups if rope_dim == 0 else 1
-    tile = tile_sizes(num_heads // num_key_groups * num_rows, latent_dim, rope_dim)
-    num_row_tiles = triton.cdiv(num_heads // num_key_groups * num_rows, tile["BLOCK_ROWS"])
+    group_rows = num_heads // num_key_groups * num_rows
+    is_wide = rope_dim == 0 and (group_rows > ROTATED_ROWS or latent_dim > 256 or query.dtype == torch.float32)
+    sizes = (group_rows, latent_dim)
+    tile = wide_tile_sizes(*sizes, query.element_size()) if is_wide else tile_sizes(*sizes, rope_dim)
+    num_row_tiles = triton.cdiv(group_rows, tile["BLOCK_ROWS"])
     # Not one program more than run at once: the last few would double the time.
     max_programs = num_programs(query.device, programs_per_sm(tile, latent_dim, rope_dim))
     max_parts = max_programs // (batch_size * num_key_groups * num_row_tiles)
@@ -62,13 +80,19 @@ def attend(
     latent_query, inv_freq = query, projections.inv_freq
     if rope_dim > 0:
         latent_query, inv_freq = absorb_keys(query, w_uk), lengths
-    _part_kernel[num_row_tiles * num_key_groups, num_parts, batch_size](
-        query,
-        latent_query,
-        c_kv,
-        k_rope,
-        w_uk,
-        inv_freq.contiguous(),
+    shapes = {
+        "num_slots": num_slots,
+        "num_heads": num_heads,
+        "num_rows": num_rows,
+        "num_drafted": num_drafted,
+        "NUM_GROUPS": num_key_groups,
+        "LATENT_DIM": latent_dim,
+        "BLOCK_KEY": block_of(head_dim // 2 if rope_dim == 0 else rope_dim),
+        "HAS_FIRST": first is not None,
+        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
+    }
+    # Arguments of both kernels, from the masks of drafted slots on.
+    arguments = (
         sees,
         positions,
         lengths,
@@ -80,23 +104,30 @@ def attend(
         *query.stride()[:3],
         c_kv.stride(0),
         c_kv.stride(2),
-        k_rope.stride(0),
-        k_rope.stride(2),
-        num_slots,
-        num_heads,
-        num_rows,
-        num_drafted,
-        NUM_GROUPS=num_key_groups,
-        LATENT_DIM=latent_dim,
-        HEAD_DIM=head_dim,
-        ROPE_DIM=rope_dim,
-        HAS_FIRST=first is not None,
-        OVERLAPS=bool(overlap),
-        PRECISION="tf32x3" if query.dtype == torch.float32 else "tf32",
-        BLOCK_KEY=block_of(head_dim // 2 if rope_dim == 0 else rope_dim),
-        **tile,
-        **(overlap if rope_dim > 0 else {}),
     )
+    grid = num_row_tiles * num_key_groups, num_parts, batch_size
+    if is_wide:
+        wide_part_kernel[grid](
+            query, c_kv, w_uk, inv_freq.contiguous(), *arguments, KEY_DIM=head_dim // 2, **shapes, **tile
+        )
+    else:
+        _part_kernel[grid](
+            query,
+            latent_query,
+            c_kv,
+            k_rope,
+            w_uk,
+            inv_freq.contiguous(),
+            *arguments,
+            k_rope.stride(0),
+            k_rope.stride(2),
+            HEAD_DIM=head_dim,
+            ROPE_DIM=rope_dim,
+            OVERLAPS=bool(overlap),
+            **shapes,
+            **tile,
+            **(overlap if rope_dim > 0 else {}),
+        )
     output = query.new_empty(batch_size, num_rows, num_heads, head_dim)
     block_entries = min(block_of(head_dim), JOINED_ELEMENTS // block_of(latent_dim))
     _join_kernel[num_heads * num_rows, triton.cdiv(head_dim, block_entries), batch_size](
@@ -158,16 +189,14 @@ def rows_contiguous(tensor: Tensor) -> Tensor:
 
 def tile_sizes(num_rows: int, latent_dim: int, rope_dim: int) -> dict[str, int]:
     """Sizes of a tile, its warps and stages; shared memory holds tiles, their queries and a group's key matrix."""
-    is_long = rope_dim == 0 and latent_dim <= 256
-    # With 32 rows registers do not suffice for turning keys, nor for wide latents.
+    # With 32 rows registers do not suffice for wide latents.
     block_rows = 16 if num_rows <= 32 or rope_dim == 0 or latent_dim > 256 else 32
-    num_stages = 3 if rope_dim > 0 and latent_dim <= 256 and block_rows == 16 else 2
     return {
         "CHUNK": latent_dim & -latent_dim,
         "BLOCK_ROWS": block_rows,
-        "BLOCK_SLOTS": 128 if is_long else 64,
-        "num_warps": 8 if is_long else 4,
-        "num_stages": 1 if rope_dim == 0 and not is_long else num_stages,
+        "BLOCK_SLOTS": 128 if rope_dim == 0 else 64,
+        "num_warps": 8 if rope_dim == 0 else 4,
+        "num_stages": 3 if rope_dim > 0 and latent_dim <= 256 and block_rows == 16 else 2,
     }
 
 
@@ -175,10 +204,6 @@ def programs_per_sm(tile: dict[str, int], latent_dim: int, rope_dim: int) -> int
     """How many programs share a multiprocessor; two where both find room."""
     num_bytes = 2 * (latent_dim + rope_dim) * (tile["num_stages"] * tile["BLOCK_SLOTS"] + tile["BLOCK_ROWS"])
     return 2 if rope_dim > 0 and 2 * num_bytes <= SHARED_BYTES else 1
-
-
-def block_of(size: int) -> int:
-    return max(MIN_BLOCK, triton.next_power_of_2(size))
 
 
 def num_programs(device: torch.device, per_sm: int) -> int:
@@ -197,30 +222,6 @@ def drafted_inputs(drafted, lengths: Tensor) -> tuple[Tensor, Tensor, int]:
         return lengths, lengths, 0
     positions = lengths if drafted.positions is None else drafted.positions.to(torch.int32).contiguous()
     return drafted.sees.contiguous().view(torch.int8), positions, drafted.sees.shape[2]
-
-
-@triton.jit
-def _tiles_of_part(length, num_parts, BLOCK_SLOTS: tl.constexpr):
-    """Number of tiles of a sequence, and how many each part takes."""
-    num_tiles = tl.cdiv(length, BLOCK_SLOTS)
-    return num_tiles, tl.cdiv(num_tiles, num_parts)
-
-
-@triton.jit
-def _own_tiles(length, BLOCK_SLOTS: tl.constexpr):
-    """First tile of this program's part, and the one behind its last."""
-    num_tiles, tiles_per_part = _tiles_of_part(length, tl.num_programs(1), BLOCK_SLOTS)
-    begin = tl.program_id(1) * tiles_per_part
-    return begin, tl.minimum(begin + tiles_per_part, num_tiles)
-
-
-@triton.jit
-def _rows_of_group(num_heads, num_rows, NUM_GROUPS: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """Of this program: its group, and heads and rows; all rows of a group's first head, then those of the next."""
-    group, row_tile = tl.program_id(0) % NUM_GROUPS, tl.program_id(0) // NUM_GROUPS
-    in_group = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    is_row = in_group < num_heads // NUM_GROUPS * num_rows
-    return group, group * (num_heads // NUM_GROUPS) + in_group // num_rows, in_group % num_rows, is_row
 
 
 @triton.jit
@@ -251,38 +252,6 @@ def _load_sides(
 
 
 @triton.jit
-def _cos_sin(angle):
-    """Cosine and sine of float32 angles up to 1e6; those of the library take too many registers for larger ones."""
-    quarters = tl.floor(angle * 0.6366197723675814 + 0.5)
-    # A quarter turn in three parts, of which the first two have few enough bits for exact products.
-    rest = angle - quarters * 1.5625 - quarters * 0.0081787109375 - quarters * 0.000117615857396558
-    square = rest * rest
-    cos = 1 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
-    sin = rest * (1 + square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880)))))
-    quarter = quarters.to(tl.int32)
-    is_odd = (quarter & 1) != 0
-    turned_cos, turned_sin = tl.where(is_odd, sin, cos), tl.where(is_odd, cos, sin)
-    return (
-        tl.where(((quarter + 1) & 2) != 0, -turned_cos, turned_cos),
-        tl.where((quarter & 2) != 0, -turned_sin, turned_sin),
-    )
-
-
-@triton.jit
-def _angles(position, inv_freq):
-    """Cosines and sines of RoPE at `position (L,)`, `(L, F)` each."""
-    return _cos_sin(position.to(tl.float32)[:, None] * inv_freq[None, :])
-
-
-@triton.jit
-def _turned(pairs, angles):
-    """Turns pairs, such as the halves of keys, by angles; two angles are added this way too."""
-    first, second = pairs
-    cos, sin = angles
-    return first * cos - second * sin, second * cos + first * sin
-
-
-@triton.jit
 def _back(angles):
     cos, sin = angles
     return cos, -sin
@@ -300,7 +269,7 @@ def _moved(keys, place, position_address, is_drafted, inv_freq):
     """Keys so turned that what will turn them to `place (L,)` turns drafted ones to their own position."""
     position = tl.load(position_address, mask=is_drafted, other=0)
     position = tl.where(is_drafted, position, place)
-    return _turned(_turned(keys, _angles(position, inv_freq)), _back(_angles(place, inv_freq)))
+    return turned(turned(keys, angles_at(position, inv_freq)), _back(angles_at(place, inv_freq)))
 
 
 @triton.jit
@@ -320,36 +289,10 @@ def _keys(tiles, matrices, BLOCK_KEY: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _add_to_softmax(sums, maximum, total, scores, tiles, PRECISION: tl.constexpr):
-    """Adds a tile to the running softmax; `scores (L, N)` are logarithms to base 2, `total (L, N)` a sum by slot."""
-    new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
-    # A row that has seen nothing yet: any finite number does.
-    reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    weights, shrink = tl.exp2(scores - reference[None, :]), tl.exp2(maximum - reference)
-    # Not summed over the slots before the end: warps would have to wait for each other.
-    total = total * shrink[None, :] + weights
-    weights = weights.to(tiles[0].dtype)
-    new_sums = ()
-    for chunk in tl.static_range(len(tiles)):
-        shrunk = sums[chunk] * shrink[None, :]
-        new_sums = new_sums + (tl.dot(tl.trans(tiles[chunk]), weights, shrunk, input_precision=PRECISION),)  # noqa: RUF005
-    return new_sums, new_maximum, total
-
-
-@triton.jit
-def _empty_softmax(NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr):
-    """Sums `(E, N)`, maximum `(N,)` and total `(L, N)` of no slots."""
-    sums = ()
-    for _chunk in tl.static_range(NUM_CHUNKS):
-        sums = sums + (tl.zeros([CHUNK, BLOCK_ROWS], tl.float32),)  # noqa: RUF005
-    return sums, tl.full([BLOCK_ROWS], float("-inf"), tl.float32), tl.zeros([BLOCK_SLOTS, BLOCK_ROWS], tl.float32)
-
-
-@triton.jit
 def _rotated_scores(keys, angles, queries, tile_angles, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """Of keys turned by their place in the tile and queries turned back by the place of the tile."""
-    keys = _sides_joined(_turned(keys, angles)).to(dtype)
-    query = _sides_joined(_turned(queries, _back(_columns(tile_angles)))).to(dtype)
+    keys = _sides_joined(turned(keys, angles)).to(dtype)
+    query = _sides_joined(turned(queries, _back(_columns(tile_angles)))).to(dtype)
     return tl.dot(keys, tl.trans(query), input_precision=PRECISION)
 
 
@@ -367,17 +310,6 @@ def _shown(scores, sees_ptr, row, is_row, drafted, is_held, is_drafted, num_draf
     address = sees_ptr + row[None, :] * num_drafted + drafted[:, None]
     sees = tl.load(address, mask=is_drafted[:, None] & is_row[None, :], other=1)
     return tl.where(is_held[:, None] & (sees != 0), scores, float("-inf"))
-
-
-@triton.jit
-def _store_part(partial_ptr, maxima_ptr, totals_ptr, sums, maximum, total, out_row, is_row):
-    CHUNK: tl.constexpr = sums[0].shape[0]
-    for chunk in tl.static_range(len(sums)):
-        entry = chunk * CHUNK + tl.arange(0, CHUNK)
-        address = partial_ptr + out_row[None, :] * (len(sums) * CHUNK) + entry[:, None]
-        tl.store(address, sums[chunk], mask=is_row[None, :])
-    tl.store(maxima_ptr + out_row, maximum, mask=is_row)
-    tl.store(totals_ptr + out_row, tl.sum(total, axis=0), mask=is_row)
 
 
 @triton.jit
@@ -427,13 +359,13 @@ def _part_kernel(
     batch = tl.program_id(2).to(tl.int64)
     length = tl.minimum(tl.load(lengths_ptr + batch), num_slots)
     first_slot = tl.load(first_ptr + batch) if HAS_FIRST else 0
-    begin, end = _own_tiles(length, BLOCK_SLOTS)
+    begin, end = own_tiles(length, BLOCK_SLOTS)
     if OVERLAPS and not IS_ROTATED:
         gdc_wait()
     if begin >= end:
         return
 
-    group, head, row, is_row = _rows_of_group(num_heads, num_rows, NUM_GROUPS, BLOCK_ROWS)
+    group, head, row, is_row = rows_of_group(num_heads, num_rows, NUM_GROUPS, BLOCK_ROWS)
     query_offset = batch * query_batch + head * query_head + row * query_row
     place, key_entry = tl.arange(0, BLOCK_SLOTS), tl.arange(0, BLOCK_KEY)
     is_key_entry = key_entry < KEY_DIM
@@ -444,8 +376,8 @@ def _part_kernel(
             _load_rows(query_ptr + KEY_DIM, query_offset, is_row, key_entry, is_key_entry),
         )
         matrices = _load_sides(w_uk_ptr, group * HEAD_DIM, KEY_DIM, BLOCK_KEY, NUM_CHUNKS, CHUNK)
-        angles, step_angles = _angles(place, inv_freq), _cos_sin(BLOCK_SLOTS * inv_freq)
-        tile_angles = _cos_sin((begin * BLOCK_SLOTS - first_slot).to(tl.float32) * inv_freq)
+        angles, step_angles = angles_at(place, inv_freq), cos_sin(BLOCK_SLOTS * inv_freq)
+        tile_angles = cos_sin((begin * BLOCK_SLOTS - first_slot).to(tl.float32) * inv_freq)
     else:
         rope_query = _load_rows(query_ptr + HEAD_DIM, query_offset, is_row, key_entry, is_key_entry)
         query_offset = ((batch * num_heads + head) * num_rows + row) * LATENT_DIM
@@ -455,7 +387,7 @@ def _part_kernel(
     c_kv_ptr += batch * c_kv_batch + begin.to(tl.int64) * BLOCK_SLOTS * c_kv_slot
     k_rope_ptr += batch * k_rope_batch + begin.to(tl.int64) * BLOCK_SLOTS * k_rope_slot
     sees_ptr, positions_ptr = sees_ptr + batch * num_rows * num_drafted, positions_ptr + batch * num_drafted
-    sums, maximum, total = _empty_softmax(NUM_CHUNKS, CHUNK, BLOCK_ROWS, BLOCK_SLOTS)
+    sums, maximum, total = empty_softmax(NUM_CHUNKS, CHUNK, BLOCK_ROWS, BLOCK_SLOTS)
     for tile in range(begin, end):
         slot = tile * BLOCK_SLOTS + place
         drafted, is_held = slot - (length - num_drafted), (slot >= first_slot) & (slot < length)
@@ -467,16 +399,16 @@ def _part_kernel(
             if (tile + 1) * BLOCK_SLOTS > length - num_drafted:
                 keys = _moved(keys, slot - first_slot, positions_ptr + drafted, is_drafted, inv_freq)
             scores = _rotated_scores(keys, angles, queries, tile_angles, tiles[0].dtype, PRECISION)
-            tile_angles = _turned(tile_angles, step_angles)
+            tile_angles = turned(tile_angles, step_angles)
         else:
             ropes = _load_rows(k_rope_ptr, place * k_rope_slot, is_held, key_entry, is_key_entry)
             k_rope_ptr += BLOCK_SLOTS * k_rope_slot
             scores = _absorbed_scores(tiles, ropes, queries, rope_query, PRECISION)
         scores = _shown(scores * scaling, sees_ptr, row, is_row, drafted, is_held, is_drafted, num_drafted)
-        sums, maximum, total = _add_to_softmax(sums, maximum, total, scores, tiles, PRECISION)
+        sums, maximum, total = add_to_softmax(sums, maximum, total, scores, tiles, PRECISION)
 
     out_row = ((batch * tl.num_programs(1) + tl.program_id(1)) * num_heads + head) * num_rows + row
-    _store_part(partial_ptr, maxima_ptr, totals_ptr, sums, maximum, total, out_row, is_row)
+    store_part(partial_ptr, maxima_ptr, totals_ptr, sums, maximum, total, out_row, is_row)
 
 
 @triton.jit
@@ -501,7 +433,7 @@ def _absorb_kernel(
     if OVERLAPS:
         gdc_launch_dependents()
     batch = tl.program_id(2).to(tl.int64)
-    group, head, row, is_row = _rows_of_group(num_heads, num_rows, NUM_GROUPS, BLOCK_ROWS)
+    group, head, row, is_row = rows_of_group(num_heads, num_rows, NUM_GROUPS, BLOCK_ROWS)
     entry, head_entry = tl.program_id(1) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES), tl.arange(0, BLOCK_HEAD)
     is_entry, is_head_entry = entry < LATENT_DIM, head_entry < HEAD_DIM
     w_uk = _load_rows(w_uk_ptr, (group * HEAD_DIM + head_entry) * LATENT_DIM, is_head_entry, entry, is_entry)
@@ -541,7 +473,7 @@ def _join_kernel(
     group = head // (num_heads // NUM_GROUPS)
     w_uv = _load_rows(w_uv_ptr, (group * HEAD_DIM + entry) * LATENT_DIM, is_entry, latent, is_latent)
     length = tl.minimum(tl.load(lengths_ptr + batch), num_slots)
-    num_tiles, tiles_per_part = _tiles_of_part(length, num_parts, BLOCK_SLOTS)
+    num_tiles, tiles_per_part = tiles_of_part(length, num_parts, BLOCK_SLOTS)
     num_written = tl.cdiv(num_tiles, tl.maximum(tiles_per_part, 1))
     if OVERLAPS:
         gdc_wait()

@@ -17,6 +17,7 @@ SMALL_SHAPES = {
     "rotated-many-rows": (1, 8, 2, 20, 16, 0, 8, 90, 40, False),
     "rotated-one-slot": (3, 4, 4, 1, 32, 0, 16, 1, 1, False),
     "decoupled": (2, 4, 2, 3, 64, 16, 8, 300, 6, True),
+    "rotated-wide": (2, 8, 2, 6, 96, 0, 8, 150, 9, True),  # 24 rows of a group, by the kernel for many
     "decoupled-chunks": (1, 4, 1, 10, 80, 24, 8, 100, 20, False),
     "decoupled-many-parts": (3, 2, 1, 1, 32, 32, 8, 1500, 0, True),
     "decoupled-more-drafted-than-held": (2, 4, 2, 3, 32, 16, 8, 20, 15, True),
