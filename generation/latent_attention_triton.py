@@ -12,7 +12,7 @@ nothing to do writes nothing, and the joining kernel knows it by the same arithm
 
 With R = 0 keys are turned by their place in a tile, by angles that never change, and the query back by the place of
 the tile. W_uk is read so that the halves of a head take turns: the two entries that RoPE mixes then lie side by side.
-That takes registers, so that many rows, or wide latents, have a kernel of their own (`latent_attention_wide_triton.py`).
+That takes registers: many rows, or wide latents, have a kernel of their own (`latent_attention_wide_triton.py`).
 
 The latent width is never padded where attention is computed: it is taken in chunks of the largest power of two that
 divides it. Rows, slots, head width and R are masked.
