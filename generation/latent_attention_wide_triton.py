@@ -188,59 +188,36 @@ def wide_part_kernel(
     sees_ptr, positions_ptr = sees_ptr + batch * num_rows * num_drafted, positions_ptr + batch * num_drafted
     sums, maximum, total = empty_softmax(NUM_CHUNKS, CHUNK, BLOCK_ROWS, 1)
     last = tl.minimum(tl.maximum(tl.maximum(length - num_drafted, 0) // BLOCK_SLOTS, begin), end)
-    for tile in range(begin, last):
-        sums, maximum, total = _attend_tile(
-            sums,
-            maximum,
-            total,
-            tile,
-            queries,
-            matrices,
-            inv_freq,
-            angles,
-            c_kv_ptr,
-            sees_ptr,
-            positions_ptr,
-            c_kv_slot,
-            first_slot,
-            length,
-            num_drafted,
-            row,
-            is_row,
-            scaling,
-            False,
-            HAS_FIRST,
-            CHUNK,
-            BLOCK_SLOTS,
-            PRECISION,
-        )
-        angles = turned(angles, step_angles)
-    for tile in tl.range(last, end, num_stages=1):
-        sums, maximum, total = _attend_tile(
-            sums,
-            maximum,
-            total,
-            tile,
-            queries,
-            matrices,
-            inv_freq,
-            angles,
-            c_kv_ptr,
-            sees_ptr,
-            positions_ptr,
-            c_kv_slot,
-            first_slot,
-            length,
-            num_drafted,
-            row,
-            is_row,
-            scaling,
-            True,
-            HAS_FIRST,
-            CHUNK,
-            BLOCK_SLOTS,
-            PRECISION,
-        )
+    for is_last in tl.static_range(2):
+        begin, behind = (last, end) if is_last else (begin, last)
+        for tile in tl.range(begin, behind, num_stages=1 if is_last else None):
+            sums, maximum, total = _attend_tile(
+                sums,
+                maximum,
+                total,
+                tile,
+                queries,
+                matrices,
+                inv_freq,
+                angles,
+                c_kv_ptr,
+                sees_ptr,
+                positions_ptr,
+                c_kv_slot,
+                first_slot,
+                length,
+                num_drafted,
+                row,
+                is_row,
+                scaling,
+                is_last,
+                HAS_FIRST,
+                CHUNK,
+                BLOCK_SLOTS,
+                PRECISION,
+            )
+            if not is_last:
+                angles = turned(angles, step_angles)
 
     out_row = ((batch * tl.num_programs(1) + tl.program_id(1)) * num_heads + head) * num_rows + row
     store_part(partial_ptr, maxima_ptr, totals_ptr, sums, maximum, total, out_row, is_row)
