@@ -164,9 +164,10 @@ class FixedRounds:
         attention, masks = nullcontext(), None
         if self.fuses:
             view = TreeInSlots(buffers.lengths, buffers.first, tree.attends, tree.depths)
+            # A mask that fits no keys: attention that is not asked through transformers' interface fails on it.
             attention, masks = (
                 tree_attention(self.whose(), view, self.is_compiled),
-                buffers.lengths.new_zeros(1, 1, 1, 1),
+                buffers.lengths.new_zeros(1, 1, 1, 2),
             )
         else:
             masks = self._masks(tree, slots, places)
