@@ -117,9 +117,14 @@ class TextBuffers:
 
     @contextmanager
     def unmoved(self) -> Iterator[None]:
-        """Undoes what rounds do while the context is open; in the caches, they write behind the texts alone."""
+        """
+        Undoes what rounds do while the context is open; in the caches, they write behind the texts alone.
+
+        Meanwhile no text becomes longer than the longest is: behind it there need not be slots for a second round.
+        """
         moving = [self.lengths, self.roots, self.is_frozen, *self.memory.moving]
         before = [each.clone() for each in moving]
+        self.is_frozen.fill_(True)
         try:
             yield
         finally:

@@ -127,6 +127,7 @@ class Shelf:
             if buffers is None:
                 return False
             known = KeptSet(buffers, weakref.ref(self.target))
+        known.buffers.lengths.zero_()  # behind the end of an earlier text there need not be slots to capture a round
         self.current_key, self.current = key, known
         return True
 

@@ -9,6 +9,8 @@ from pairwise import pairwise
 from reference_generation import SETTINGS, TARGETS, assert_same_generation, make_draft, make_prompts
 
 from eagle3_mla.generation import shelf
+from eagle3_mla.generation.capture import NUM_WARM_UPS
+from eagle3_mla.generation.fixed_rounds import tree_size
 from eagle3_mla.generation.sizing import (
     FIRST_ROUNDS,
     FIXED_STEP,
@@ -278,3 +280,49 @@ def test_an_unknown_schedule_is_refused_by_name():
     draft.generation_config.num_assistant_tokens_schedule = "adaptive"
     with pytest.raises(ValueError, match=r"num_assistant_tokens_schedule` must be None or one of 'constant'"):
         target.generate(**make_prompts([5]), assistant_model=draft, max_new_tokens=3)
+
+
+@pytest.mark.parametrize("lengths", [[9], [9, 4]], ids=str)
+def test_rounds_that_are_tried_stay_within_the_buffers(lengths, monkeypatch):
+    """On CUDA a slot beyond them ends the process; the stages run twice before they are recorded."""
+    target, highest = TARGETS["llama"]().eval(), []
+    draft, prompt = at_fixed_shapes(make_draft(target), 3), make_prompts(lengths)
+    monkeypatch.setattr(shelf, "LEAST_CAPACITY", 16)
+
+    def tried(self, size):
+        self.kept[self.current_key] = self.current  # as a GPU's are
+        buffers = self.buffers
+        before, rounds = buffers.lengths.max().item(), new(self, size)
+        with buffers.unmoved():
+            for _ in range(NUM_WARM_UPS):
+                for stage in rounds.draft_trees, rounds.verify, rounds.choose, rounds.keep:
+                    stage()
+                highest.append(buffers.lengths.max().item() - before)
+        assert before + tree_size(self.largest) <= buffers.capacity
+        return new(self, size)
+
+    plain = target.generate(**prompt, max_new_tokens=40).tolist()
+    new, sizes = shelf.Shelf._new_rounds, random.Random(0)
+    monkeypatch.setattr(shelf.Shelf, "_new_rounds", tried)
+    monkeypatch.setattr(TreeSizer, "choose", lambda sizer: sizes.choice(list(sizer.sizes)))
+    for _ in range(3):
+        assert target.generate(**prompt, max_new_tokens=40, assistant_model=draft).tolist() == plain
+    assert len(highest) > 8
+    assert set(highest) == {0}
+
+
+def test_kept_buffers_begin_without_the_length_of_an_earlier_text(monkeypatch):
+    target = TARGETS["llama"]().eval()
+    draft, prompt, lengths = at_fixed_shapes(make_draft(target), 3), make_prompts([9]), []
+    make_room = shelf.Shelf.make_room
+
+    def watched(self, num_slots):
+        has_room = make_room(self, num_slots)
+        lengths.append(self.buffers.lengths.tolist())
+        self.kept[self.current_key] = self.current  # as a GPU's are
+        return has_room
+
+    monkeypatch.setattr(shelf.Shelf, "make_room", watched)
+    for _ in range(2):
+        target.generate(**prompt, max_new_tokens=20, assistant_model=draft)
+    assert lengths == [[0], [0]]
