@@ -99,7 +99,7 @@ class Shelf:
             draw is None,
             tuple(map(repr_of, self.warpers)),
             self.ends,
-            target.dtype,
+            (target.dtype, draft.dtype),
             is_padded_left,
             repr(self.compile_config),
             torch.is_inference_mode_enabled(),  # elsewhere, its buffers could not be written
@@ -227,7 +227,7 @@ def fingerprint(model: PreTrainedModel) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     kinds = {kind for kind in set(map(type, model.modules())) if set(dir(kind)) >= ADAPTER_FIELDS}
     adapters = [
-        (module.disable_adapters, tuple(module.active_adapters), module.merged)
+        (module.disable_adapters, tuple(module.active_adapters), module.merged, repr(vars(module).get("scaling")))
         for module in model.modules()
         if type(module) in kinds
     ]
@@ -236,7 +236,10 @@ def fingerprint(model: PreTrainedModel) -> int:
 
 def repr_of(processor) -> str:
     """What a stateless processor is and does."""
-    return f"{type(processor).__name__} {sorted(vars(processor).items())}"
+    fields = vars(processor).items()
+    # A tensor's own representation has four digits.
+    numbers = {name: value.tolist() if torch.is_tensor(value) else value for name, value in fields}
+    return f"{type(processor).__name__} {sorted(numbers.items())}"
 
 
 def give_reason(target: PreTrainedModel, reason: str) -> None:

@@ -23,6 +23,7 @@ from reference_generation import (
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     DynamicCache,
+    EtaLogitsWarper,
     GPT2Config,
     GPT2LMHeadModel,
     LogitsProcessor,
@@ -667,6 +668,23 @@ def test_adapter_that_is_switched_off_gets_graphs_of_its_own(graphs):
     with model.disable_adapter():
         assert assert_same_call(target, draft, prompt, do_sample=False) != with_adapter
     assert len(graphs) == 8
+
+
+def test_adapter_of_another_scale_gets_graphs_of_its_own():
+    """The scale is a number in Python, which a graph has recorded."""
+    peft = pytest.importorskip("peft")
+    target = TARGETS["llama"]().eval()
+    peft.get_peft_model(target, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
+    before, layer = shelf.fingerprint(target), target.model.layers[1].self_attn.q_proj
+    layer.scale_layer(0.5)
+    assert shelf.fingerprint(target) != before
+    layer.unscale_layer()
+    assert shelf.fingerprint(target) == before
+
+
+def test_processors_that_differ_in_the_fifth_digit_are_told_apart():
+    described = {shelf.repr_of(EtaLogitsWarper(epsilon)) for epsilon in (3.0e-4, 3.4e-4, 3.4e-4)}
+    assert len(described) == 2
 
 
 @pytest.mark.gpu
