@@ -93,6 +93,7 @@ class Shelf:
         self.compile_config, self.stopwatch = compile_config(draft), stopwatch
         self.kept = _kept.setdefault(draft, OrderedDict())
         self.current_key, self.current = None, None
+        self.uncaptured: dict[TreePlan, FixedRounds] = {}
         key = (
             largest,
             len(memory.num_rows),
@@ -128,7 +129,7 @@ class Shelf:
                 return False
             known = KeptSet(buffers, weakref.ref(self.target))
         known.buffers.lengths.zero_()  # behind the end of an earlier text there need not be slots to capture a round
-        self.current_key, self.current = key, known
+        self.current_key, self.current, self.uncaptured = key, known, {}
         return True
 
     def grow(self, num_slots: int) -> None:
@@ -156,8 +157,13 @@ class Shelf:
         return rounds
 
     def rounds_of_text(self, size: TreePlan) -> FixedRounds:
-        """For a text that has begun: rounds of this size, captured or not."""
-        return self.rounds(size) or self.current.rounds.setdefault(size, self._new_rounds(size))
+        """
+        For a text that has begun: rounds of this size, captured or not.
+
+        The latter hold the models, so that they are not kept for another text.
+        """
+        rounds = self.uncaptured.get(size) or self.rounds(size)
+        return rounds or self.uncaptured.setdefault(size, self._new_rounds(size))
 
     def _keep(self) -> None:
         """Makes the set in use the newest; the oldest go where there are too many, or too large ones."""

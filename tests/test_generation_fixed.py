@@ -373,6 +373,26 @@ def test_buffers_and_models_are_let_go_at_once(setting, monkeypatch):
     assert [each() for each in models] == [None, None]
 
 
+def test_rounds_that_could_not_be_captured_in_a_text_do_not_keep_models(monkeypatch):
+    """Kept buffers, under which captured rounds of other sizes lie, last as long as the draft."""
+    target = TARGETS["llama"]().eval()
+    draft, tried = make_fixed(target), []
+
+    def rounds(self, size):
+        self.kept[self.current_key] = self.current  # as a GPU's are
+        tried.append(size)
+        return self._new_rounds(size) if len(tried) == 1 else None
+
+    monkeypatch.setattr(shelf.Shelf, "rounds", rounds)
+    assert_same_call(target, draft, make_prompt(6), do_sample=False)
+    assert draft.speculation_stats.rounds > 2
+    models = weakref.ref(target), weakref.ref(draft)
+    del target, draft
+    gc.collect()
+    assert [each() for each in models] == [None, None]
+    assert len(tried) == 2
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_draft_may_have_a_type_of_its_own(llama, dtype):
     for prompt in make_prompt(6), make_prompts([5, 3]):
