@@ -131,7 +131,7 @@ def build_tree(
     The root and the best of its candidate descendants (EAGLE-2, arXiv:2406.16858, Section 4.2).
 
     A score never exceeds the parent's, and of equal ones the earlier candidate is taken, so that a node comes with all
-    its ancestors.
+    its ancestors. Scores that are not a number, as of a head that overflows, are the lowest.
 
     Args:
         root (`torch.LongTensor` of shape `(B, 1)`): Target id of the newest committed token.
@@ -141,6 +141,7 @@ def build_tree(
         num_nodes (`int`): Candidates that are kept, at most.
         max_depth (`int`, *optional*): Depth of the deepest candidate.
     """
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # NaN would come before all others
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :num_nodes]
     kept, preferred = best.sort(dim=1)  # (B, N - 1)
     parents = parents.gather(1, kept)

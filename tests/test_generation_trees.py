@@ -14,10 +14,12 @@ from reference_generation import (
     assert_same_generation,
     make_draft,
     make_prompt,
+    make_prompts,
     set_tree,
 )
 from transformers import DynamicCache, LogitsProcessorList
 
+from eagle3_mla.generation import drafting
 from eagle3_mla.generation.branching import branching_inputs
 from eagle3_mla.generation.caches import keep_path
 from eagle3_mla.generation.drafting import draft_tree
@@ -271,3 +273,28 @@ def test_absent_settings_mean_a_chain_and_depths_have_a_default():
     assert tree_plan(draft) == TreePlan(num_nodes=7, depth=7, top_k=1, confidence_threshold=None)
     assert tree_plan(set_tree(draft, 60, 10)).depth == 8
     assert tree_plan(set_tree(draft, 3, 2)).depth == 3
+
+
+def test_nodes_come_with_their_parents_where_scores_are_not_numbers():
+    scores = torch.tensor([[-1.0, -2.0, *[float("nan")] * 4]])
+    parents = torch.tensor([[-1, -1, 0, 0, 1, 1]])
+    tree = build_tree(torch.tensor([[5]]), torch.tensor([[1, 2, 3, 4, 5, 6]]), parents, scores, num_nodes=3)
+    assert tree.token_ids.tolist() == [[5, 1, 2, 3]]
+    assert tree.parents.tolist() == [[0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("is_fixed", [False, True])
+def test_text_is_that_of_plain_generation_whatever_a_head_that_overflows_says(is_fixed, monkeypatch):
+    best = drafting.best_log_probs
+    monkeypatch.setattr(
+        drafting,
+        "best_log_probs",
+        lambda scores, top_k: best(scores * (1 if scores.shape[1] == 1 else torch.nan), top_k),
+    )
+    for seed in range(3):
+        torch.manual_seed(seed)
+        target, prompt = TARGETS["llama"]().eval(), make_prompts([5])
+        draft = set_tree(make_draft(target), 6, 3, 2)
+        draft.generation_config.fixed_shapes = is_fixed
+        plain = target.generate(**prompt, max_new_tokens=30).tolist()
+        assert target.generate(**prompt, max_new_tokens=30, assistant_model=draft).tolist() == plain
