@@ -459,6 +459,12 @@ class TwoInputsMLP(GatedMLP):
         return scale * super().forward(states)
 
 
+class ClampedMLP(GatedMLP):
+    def forward(self, states):
+        gates, values = self.gate_proj(states).clamp(max=10), self.up_proj(states).clamp(min=-10, max=10)
+        return self.down_proj(self.act_fn(gates) * values)
+
+
 def patched_mlp() -> GatedMLP:
     mlp = GatedMLP()
     mlp.forward = partial(GatedMLP.forward, mlp)
@@ -475,6 +481,7 @@ def patched_mlp() -> GatedMLP:
         (GatedMLP().float(), None),
         (ScaledMLP(), None),
         (TwoInputsMLP(), None),
+        (ClampedMLP(), None),
         (patched_mlp(), None),
         (nn.Linear(4, 4), None),
     ],
