@@ -477,6 +477,7 @@ def patched_mlp() -> GatedMLP:
     [
         (GatedMLP(), "silu"),
         (GatedMLP(nn.GELU(approximate="tanh")), "gelu_tanh"),
+        (GatedMLP(nn.GELU()), None),
         (GatedMLP(nn.ReLU()), None),
         (GatedMLP().float(), None),
         (ScaledMLP(), None),
