@@ -237,7 +237,9 @@ def fingerprint(model: PreTrainedModel) -> int:
         for module in model.modules()
         if type(module) in kinds
     ]
-    return hash((tuple(tensor.data_ptr() for tensor in tensors), tuple(adapters), model.config._attn_implementation))
+    code = tuple((type(module), id(vars(module).get("forward"))) for module in model.modules())
+    places = tuple(tensor.data_ptr() for tensor in tensors)
+    return hash((places, code, tuple(adapters), model.config._attn_implementation))
 
 
 def repr_of(processor) -> str:

@@ -702,6 +702,20 @@ def test_adapter_of_another_scale_gets_graphs_of_its_own():
     assert shelf.fingerprint(target) == before
 
 
+def test_target_with_other_code_gets_graphs_of_its_own():
+    target = TARGETS["llama"]().eval()
+    prints, mlp = [shelf.fingerprint(target)], target.model.layers[1].mlp
+    forward, act_fn = mlp.forward, mlp.act_fn
+    mlp.forward = lambda states: 2 * forward(states)
+    prints.append(shelf.fingerprint(target))
+    del mlp.forward
+    mlp.act_fn = torch.nn.ReLU()
+    prints.append(shelf.fingerprint(target))
+    assert len(set(prints)) == 3
+    mlp.act_fn = act_fn
+    assert shelf.fingerprint(target) == prints[0]
+
+
 def test_processors_that_differ_in_the_fifth_digit_are_told_apart():
     described = {shelf.repr_of(EtaLogitsWarper(epsilon)) for epsilon in (3.0e-4, 3.4e-4, 3.4e-4)}
     assert len(described) == 2
