@@ -146,7 +146,7 @@ class FixedMemory:
         Args:
             states (`torch.Tensor` of shape `(B, P, D)`): The target's, fused, of at most M nodes.
             tokens (`torch.LongTensor` of shape `(B, P)`): For each of them the token that follows.
-            num_new (`torch.LongTensor` of shape `(B,)`): How many of a sequence's rows are meant, at least one.
+            num_new (`torch.LongTensor` of shape `(B,)`): How many of a sequence's rows are meant; none if it waits.
         """
         num_rows = tokens.shape[1]
         self.pending_states[:, :num_rows], self.pending_tokens[:, :num_rows] = states, tokens

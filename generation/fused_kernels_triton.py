@@ -1,8 +1,11 @@
 """Triton kernels of the small operations between a captured round's matrix products: one instead of several.
 
-    rotate     RoPE of queries and keys           `fused_rope.py`
-    gate       act(gate) * up of a gated MLP      `fused_mlp.py`
-    write      keys and values into their slots   `slot_writing.py`
+    rotate               RoPE of queries and keys           `fused_rope.py`
+    cos_sin              its angles, for the draft          `fused_rope.py`
+    gate                 act(gate) * up of a gated MLP      `fused_mlp.py`
+    write                keys and values into their slots   `slot_writing.py`
+    normalise            RMSNorm                            `fused_norm.py`
+    add_and_normalise    a sum and the RMSNorm behind it    `fused_residual.py`
 
 Sums and products are float32, and rounded wherever the operations they replace round.
 

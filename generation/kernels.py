@@ -1,4 +1,4 @@
-"""Whether Triton's kernels can be run where no other attempt follows if they cannot."""
+"""Whether Triton can build and run kernels here; tried once."""
 
 import functools
 import logging

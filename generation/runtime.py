@@ -321,6 +321,8 @@ def root_positions(model_kwargs: dict, num_read: int) -> Tensor | int:
 
 def has_hooks(model: nn.Module) -> bool:
     """Whether somebody listens to a model's modules; transformers' own hooks do nothing unless asked."""
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        return True
     for module in model.modules():
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
         if "_hf_hook" in vars(module) or any(not str(hook.__module__).startswith("transformers.") for hook in hooks):

@@ -146,14 +146,15 @@ class Shelf:
 
     def rounds(self, size: TreePlan) -> FixedRounds | None:
         """Rounds of this size on the buffers; `None`, and a line in the log, if they cannot be captured."""
-        rounds = self.current.rounds.get(size)
+        if size in self.current.rounds:
+            return self.current.rounds[size]
+        is_captured = self.target.device.type == "cuda"
+        rounds = self._captured(size) if is_captured else self._new_rounds(size)
         if rounds is None:
-            is_captured = self.target.device.type == "cuda"
-            rounds = self._captured(size) if is_captured else self._new_rounds(size)
-            if rounds is not None:
-                self.current.rounds[size] = rounds
-            if rounds is not None and is_captured:
-                self._keep()
+            return None
+        self.current.rounds[size] = rounds
+        if is_captured:
+            self._keep()
         return rounds
 
     def rounds_of_text(self, size: TreePlan) -> FixedRounds:

@@ -447,6 +447,12 @@ def test_hooks_autocast_and_targets_without_masks_take_the_other_loop(llama, cap
         assert_same_call(llama, make_fixed(llama), make_prompt(6), do_sample=False)
     finally:
         hook.remove()
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda *arguments: None)
+    try:
+        assert_same_call(llama, make_fixed(llama), make_prompt(6), do_sample=False)
+    finally:
+        hook.remove()
+    assert ways == []
     with torch.autocast("cpu", torch.bfloat16):
         call(llama, make_prompt(6), do_sample=False, assistant_model=make_fixed(llama))
     bloom = TARGETS["bloom"]().eval()
