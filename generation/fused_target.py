@@ -12,6 +12,7 @@ is tried on random numbers before; a model that computes something else runs its
 Shapes: B batch, N nodes, H heads, G key-value heads, K slots.
 """
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +28,8 @@ from .fused_residual import fused_residuals
 from .fused_rope import fused_draft_rope, fused_rope
 from .opaque_ops import tree_attention_op
 
-NAME = "eagle3_mla_tree"
+# Names are global, and two versions of this package may be loaded.
+NAME = f"tree_{re.sub(r'[^0-9A-Za-z]', '_', __name__)}"
 # What attention functions get that has no bearing on the result at inference, or says what is known here anyhow.
 KNOWN_ARGUMENTS = {"dropout", "position_ids", "is_causal", "use_cache", "cache_position", "logits_to_keep"}
 

@@ -1,11 +1,14 @@
 """What a target does differently while a graph is recorded."""
 
+import importlib.util
+import sys
 import threading
 
 import pytest
 import torch
 from reference_generation import SHAPE, TARGETS, make_draft, make_prompts, set_tree
 from transformers import (
+    AttentionInterface,
     CodeGenConfig,
     CodeGenForCausalLM,
     FalconConfig,
@@ -14,7 +17,7 @@ from transformers import (
     GPTJForCausalLM,
 )
 
-from eagle3_mla.generation import fixed_rounds
+from eagle3_mla.generation import fixed_rounds, fused_target
 from eagle3_mla.generation.fused_target import TreeInSlots, tree_attention
 
 VOCAB_SIZE = SHAPE["vocab_size"]
@@ -38,7 +41,7 @@ def test_other_threads_run_the_target_as_it_is_while_a_graph_is_recorded(impleme
     expected, found = target(**prompt).logits, []
     view = TreeInSlots(*(torch.zeros(2, dtype=torch.long) for _ in range(4)))
     with tree_attention(target, view, is_compiled=False):
-        assert target.config._attn_implementation == "eagle3_mla_tree"
+        assert target.config._attn_implementation == fused_target.NAME
         thread = threading.Thread(target=lambda: found.append(target(**prompt).logits))
         thread.start()
         thread.join()
@@ -84,3 +87,18 @@ def test_target_whose_attention_is_replaced_does_not_look_at_the_mask(monkeypatc
     assert len(found) > 2
     for fused, plain in zip(found[::2], found[1::2], strict=True):
         torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-4)
+
+
+def test_another_version_of_the_package_has_its_own_attention():
+    """Code travels with weights: heads of two commits may be loaded in one process, and register one name each."""
+    name = f"{fused_target.__package__}.fused_target_of_another_version"
+    spec = importlib.util.spec_from_file_location(name, fused_target.__file__)
+    other = importlib.util.module_from_spec(spec)
+    sys.modules[name] = other
+    try:
+        spec.loader.exec_module(other)
+    finally:
+        del sys.modules[name]
+    interface = AttentionInterface()
+    assert interface[fused_target.NAME] is fused_target.attend_to_tree
+    assert interface[other.NAME] is other.attend_to_tree
