@@ -128,6 +128,8 @@ class Shelf:
             if buffers is None:
                 return False
             known = KeptSet(buffers, weakref.ref(self.target))
+        else:
+            self.kept.move_to_end(key)
         known.buffers.lengths.zero_()  # behind the end of an earlier text there need not be slots to capture a round
         self.current_key, self.current, self.uncaptured = key, known, {}
         return True
@@ -190,9 +192,10 @@ class Shelf:
 
     def _captured(self, size: TreePlan) -> FixedRounds | None:
         """The rounds as graphs; where the target takes no attention but its own, with that."""
-        failed, rounds = _failed.setdefault(self.draft, set()), self._new_rounds(size)
+        failed = _failed.setdefault(self.draft, set())
         if (self.key, size) in failed:
             return None
+        rounds = self._new_rounds(size)
         for fuses in [True, False] if self.is_padded_left and rounds.can_fuse() else [False]:
             try:
                 with self.stopwatch, self.buffers.unmoved():

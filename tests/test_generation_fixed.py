@@ -3,8 +3,10 @@
 import gc
 import threading
 import weakref
+from collections import OrderedDict
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -644,6 +646,16 @@ def test_calls_share_graphs_until_weights_move(graphs):
         count()
     count()
     assert counts == [4, 4, 8, 12, 16, 16]
+
+
+def test_buffers_that_are_used_again_are_the_last_to_go(llama):
+    buffers = SimpleNamespace(lengths=torch.ones(1, dtype=torch.long))
+    kept = OrderedDict((("a call", size), shelf.KeptSet(buffers, weakref.ref(llama))) for size in (256, 384))
+    used = shelf.Shelf.__new__(shelf.Shelf)
+    used.key, used.target, used.kept = ("a call",), llama, kept
+    assert used.make_room(200)
+    assert used.current is kept["a call", 256]
+    assert list(kept) == [("a call", 384), ("a call", 256)]
 
 
 @pytest.mark.gpu
