@@ -9,6 +9,7 @@ Shapes: B batch, T tokens.
 
 import threading
 import time
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -190,10 +191,9 @@ def choose_on_the_host(
 
     **Effects**: extends the texts and moves all buffers on.
     """
-    transcript, num_nodes = texts.transcript, tree_size(shelf.largest)
+    transcript = texts.transcript
     while not transcript.is_finished:
-        if (num_slots := slots_of(texts)) + num_nodes > shelf.buffers.capacity:
-            shelf.grow(num_slots + 2 * num_nodes)
+        make_room_for_round(shelf, texts)
         size = sizes.choose()
         rounds, began = shelf.rounds_of_text(size), time.perf_counter()
         if transcript.do_sample:
@@ -222,30 +222,38 @@ def follow_the_device(
 
     **Effects**: extends the texts and moves all buffers on.
     """
-    transcript, num_nodes, device = texts.transcript, tree_size(shelf.largest), texts.ids.device
+    device, coming = texts.ids.device, None
     texts.move_to("cpu")
-    rounds = shelf.rounds_of_text(sizes.choose())
-    began, report = time.perf_counter(), launch_round(rounds, texts, stats)
-    while True:
-        rows = report.wait()
-        seconds = time.perf_counter() - began
-        done, longest = rounds, max(count + row[0] for count, row in zip(texts.num_tokens, rows, strict=True))
-        num_slots = transcript.num_omitted + longest + num_nodes
-        is_ahead = not transcript.do_sample and num_slots <= shelf.buffers.capacity and texts.may_go_on(rows)
-        if is_ahead:
-            rounds = shelf.rounds_of_text(sizes.choose())
-            began, report = time.perf_counter(), launch_round(rounds, texts, stats)
-        walks, _, _ = texts.take(rows, torch.tensor([row[4 : 4 + done.plan.depth + 1] for row in rows]))
-        record_round(stats, shelf, done, walks, texts)
-        sizes.record(done.plan, walks.ranks, seconds)
-        if transcript.is_finished:
-            break
-        if not is_ahead:
-            if num_slots > shelf.buffers.capacity:
-                shelf.grow(num_slots + num_nodes)
-            rounds = shelf.rounds_of_text(sizes.choose())
-            began, report = time.perf_counter(), launch_round(rounds, texts, stats)
+    while not texts.transcript.is_finished:
+        if coming is None:
+            make_room_for_round(shelf, texts)
+            coming = begin_round(shelf, sizes, texts, stats)
+        current = coming
+        rows, seconds = current.wait()
+        coming = begin_round(shelf, sizes, texts, stats) if may_begin_another(shelf, texts, rows) else None
+        plan = current.rounds.plan
+        walks, _, _ = texts.take(rows, torch.tensor([row[4 : 4 + plan.depth + 1] for row in rows]))
+        record_round(stats, shelf, current.rounds, walks, texts)
+        sizes.record(plan, walks.ranks, seconds)
     texts.move_to(device)
+
+
+def make_room_for_round(shelf: Shelf, texts: RaggedTexts | TextsInStep) -> None:
+    """Changes to buffers for two more of the largest trees where those in use have no room for one."""
+    num_nodes = tree_size(shelf.largest)
+    if (num_slots := slots_of(texts)) + num_nodes > shelf.buffers.capacity:
+        shelf.grow(num_slots + 2 * num_nodes)
+
+
+def may_begin_another(shelf: Shelf, texts: RaggedTexts, rows: list[list[int]]) -> bool:
+    """
+    Whether a round may begin before `texts` has taken what the one before has chosen, the `rows` of [`Report`].
+
+    Not with noise, which goes on with the texts, and not where the buffers would have to grow first.
+    """
+    longest = max(count + row[0] for count, row in zip(texts.num_tokens, rows, strict=True))
+    num_slots = texts.transcript.num_omitted + longest + tree_size(shelf.largest)
+    return not texts.transcript.do_sample and num_slots <= shelf.buffers.capacity and texts.may_go_on(rows)
 
 
 def slots_of(texts: RaggedTexts | TextsInStep) -> int:
@@ -253,12 +261,15 @@ def slots_of(texts: RaggedTexts | TextsInStep) -> int:
     return texts.transcript.num_omitted + texts.ids.shape[1]
 
 
-def launch_round(rounds: FixedRounds, texts: RaggedTexts, stats: SpeculationStats) -> "Report":
+def begin_round(
+    shelf: Shelf, sizes: TreeSizer | ConstantSize, texts: RaggedTexts, stats: SpeculationStats
+) -> "RoundUnderWay":
     """
-    Begins a round; on CUDA it goes on while the host does something else.
+    Begins a round of the size that pays; on CUDA it goes on while the host does something else.
 
     **Effects**: moves all buffers on.
     """
+    rounds, began = shelf.rounds_of_text(sizes.choose()), time.perf_counter()
     if texts.transcript.do_sample:
         rounds.buffers.load_noise(texts.noise, rounds.plan.depth)
     with stats.times.draft:
@@ -268,7 +279,7 @@ def launch_round(rounds: FixedRounds, texts: RaggedTexts, stats: SpeculationStat
     with stats.times.choice:
         report = Report(rounds.choose())
         rounds.keep()
-    return report
+    return RoundUnderWay(rounds, report, began)
 
 
 class Report:
@@ -292,6 +303,26 @@ class Report:
         if self.has_arrived is not None:
             self.has_arrived.synchronize()
         return self.rows.tolist()
+
+
+@dataclass(frozen=True)
+class RoundUnderWay:
+    """
+    A round that has begun.
+
+    Args:
+        rounds ([`FixedRounds`]): Those of its size.
+        report ([`Report`]): What it chooses.
+        began (`float`): When, in seconds of a clock.
+    """
+
+    rounds: FixedRounds
+    report: Report
+    began: float
+
+    def wait(self) -> tuple[list[list[int]], float]:
+        """The rows of the report, and how many seconds the round has taken by then."""
+        return self.report.wait(), time.perf_counter() - self.began
 
 
 def record_round(
