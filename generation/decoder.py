@@ -148,15 +148,13 @@ def decode(
     texts = RaggedTexts(transcript) if may_differ else TextsInStep(transcript)
     plan = largest_plan(draft, target, limits, texts.ids)
     is_finished = transcript.is_finished
-    if not is_finished and takes_fixed_shapes(target, draft, plan, transcript, limits, traces, cache, model_kwargs):
-        is_finished = decode_at_fixed_shapes(
-            target, draft, transcript, texts, stats, plan, cache, memory, model_kwargs
-        )
+    if not is_finished and takes_fixed_shapes(target, draft, plan, transcript, limits, traces, model_kwargs):
+        is_finished = decode_at_fixed_shapes(target, draft, texts, stats, plan, memory, model_kwargs)
     if not is_finished:
         stats.times.time_forwards(target, draft)
         sizes = sizes_for(draft, target, plan, len(transcript.input_ids))
         cache, memory = decode_round_by_round(
-            target, draft, transcript, texts, limits, traces, stats, sizes, memory, captured, model_kwargs
+            target, draft, texts, limits, traces, stats, sizes, memory, captured, model_kwargs
         )
     stats.new_tokens -= texts.num_discarded
     beginning.remember(draft, cache, memory, transcript.input_ids, mask)
@@ -166,7 +164,6 @@ def decode(
 def decode_round_by_round(
     target: PreTrainedModel,
     draft,
-    transcript: Transcript,
     texts: RaggedTexts | TextsInStep,
     limits: ReadingLimits,
     traces: Traces,
@@ -182,11 +179,10 @@ def decode_round_by_round(
     Args:
         captured ([`FusedStates`]): A context in which the target's forwards leave the states that the draft reads.
 
-    **Effects**: fills `transcript`, `traces` and `stats`; moves the target's cache and `memory` on.
+    **Effects**: fills `texts`, `traces` and `stats`; moves the target's cache and `memory` on.
     """
-    limit = ChunkLimit.of(target)
+    transcript, cache, limit = texts.transcript, model_kwargs["past_key_values"], ChunkLimit.of(target)
     limit.warn(target, transcript.max_slots)
-    cache = model_kwargs["past_key_values"]
     with ExitStack() as windows:
         # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
         windows.enter_context(recorded_past(cache))

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .chunks import ChunkLimit
 from .fixed_rounds import FixedRounds, tree_size
 from .memory import DraftMemory
 from .metrics import SpeculationStats
+from .prefill import Prefill
 from .probing import can_branch
 from .ragged import RaggedTexts
 from .rope import ReadingLimits, rope_lengths
@@ -46,7 +47,6 @@ def takes_fixed_shapes(
     transcript: Transcript,
     limits: ReadingLimits,
     traces: Traces,
-    cache: Cache,
     model_kwargs: dict,
 ) -> bool:
     """
@@ -57,7 +57,7 @@ def takes_fixed_shapes(
     wanted = fixed_shapes(draft)
     if not (target.device.type == "cuda" if wanted is None else wanted):
         return False
-    reason = why_shapes_vary(target, draft, plan, transcript, limits, traces, cache, model_kwargs)
+    reason = why_shapes_vary(target, draft, plan, transcript, limits, traces, model_kwargs)
     if reason is not None:
         give_reason(target, reason)
     return reason is None
@@ -70,13 +70,12 @@ def why_shapes_vary(
     transcript: Transcript,
     limits: ReadingLimits,
     traces: Traces,
-    cache: Cache,
     model_kwargs: dict,
 ) -> str | None:
     """Why the rounds of a call cannot have fixed shapes; `None` if they can."""
     devices = {parameter.device for parameter in target.parameters()} | {draft.device, transcript.input_ids.device}
     unknown = {name for name, value in model_kwargs.items() if value is not None} - KNOWN_INPUTS
-    positions = model_kwargs.get("position_ids")
+    positions, cache = model_kwargs.get("position_ids"), model_kwargs["past_key_values"]
     reasons = {
         "nothing is drafted": plan.depth == 0,
         "`assistant_confidence_threshold` is set": plan.confidence_threshold is not None,
@@ -105,11 +104,9 @@ def why_shapes_vary(
 def decode_at_fixed_shapes(
     target: PreTrainedModel,
     draft,
-    transcript: Transcript,
     texts: RaggedTexts | TextsInStep,
     stats: SpeculationStats,
     plan: TreePlan,
-    cache: Cache,
     memory: DraftMemory,
     model_kwargs: dict,
 ) -> bool:
@@ -117,16 +114,15 @@ def decode_at_fixed_shapes(
     All rounds of a call.
 
     Args:
-        target, draft, transcript, texts, stats: As in `decoder.py`.
+        target, draft, texts, stats: As in `decoder.py`.
         plan ([`TreePlan`]): Size of the largest trees.
-        cache (`Cache`): The target's, which has read the prompt.
         memory ([`DraftMemory`]): The draft's, with the prompt's states.
-        model_kwargs (`dict`): The target's generation state.
+        model_kwargs (`dict`): The target's generation state, with its cache, which has read the prompt.
 
     Returns:
         `bool`: Whether the text is finished. If not, the other loop can begin.
 
-    **Effects**: fills `transcript` and `stats`; `cache` holds the whole text but its last token, `memory` all rows.
+    **Effects**: fills `texts` and `stats`; the cache holds the whole text but its last token, `memory` all rows.
     """
     if not _in_use.acquire(blocking=False):
         return False  # the buffers are another thread's for now
@@ -134,21 +130,18 @@ def decode_at_fixed_shapes(
         wait_for_last_use(target.device)
         with stats.times.draft:
             memory.read_prompt(draft, target)
-        draw = texts.noise.peek(0) if transcript.do_sample else None
-        is_token = model_kwargs.get("attention_mask")
-        is_left = is_padded_left(is_token)
-        shelf = Shelf(target, draft, plan, transcript, cache, memory, draw, is_left, stats.times.capture)
+        prefill = Prefill.of_call(memory, model_kwargs)
+        shelf = Shelf(target, draft, plan, texts.transcript, prefill, stats.times.capture)
         sizes = sizes_for(draft, target, plan, len(texts.ids), FIXED_STEP)
-        num_read = cache.get_seq_length()
-        if not shelf.make_room(num_read + 2 * tree_size(plan)) or shelf.rounds(sizes.choose()) is None:
+        num_slots = prefill.cache.get_seq_length() + 2 * tree_size(plan)
+        if not shelf.make_room(num_slots) or shelf.rounds(sizes.choose()) is None:
             return False
-        positions = root_positions(model_kwargs, num_read)
-        shelf.buffers.load(cache, memory, is_token, positions, transcript.max_slots, transcript.is_frozen)
+        shelf.buffers.load(prefill, texts.transcript)
         try:
             go_on = follow_the_device if device_can_choose(texts) else choose_on_the_host
             go_on(shelf, sizes, texts, stats)
         finally:  # also after an error: the cache may be the caller's
-            shelf.buffers.cache.give_back(cache, transcript.num_kept_slots)
+            shelf.buffers.cache.give_back(prefill.cache, texts.transcript.num_kept_slots)
         shelf.buffers.memory.give_back(memory)
         return True
     finally:
@@ -166,14 +159,6 @@ def note_use(device: torch.device) -> None:
     """Marks the end of a call on its stream."""
     if device.type == "cuda":
         _last_uses.append(torch.cuda.current_stream(device).record_event())
-
-
-def is_padded_left(mask: Tensor | None) -> bool:
-    """Whether padding, where `mask (B, T)` of any type is 0, stands before the texts and nowhere else."""
-    if mask is None:
-        return True
-    mask = mask.bool().int()  # a difference of booleans is never below 0
-    return bool((mask.diff(dim=1) >= 0).all() and mask[:, -2:].all())
 
 
 def device_can_choose(texts: RaggedTexts | TextsInStep) -> bool:
@@ -340,14 +325,6 @@ def record_round(
     num_omitted = texts.transcript.num_omitted
     shelf.num_rows = [num_omitted + count - pads for count, pads in zip(num_read, shelf.num_pads, strict=True)]
     texts.transcript.flush()
-
-
-def root_positions(model_kwargs: dict, num_read: int) -> Tensor | int:
-    """RoPE positions of the tokens that come next, `(B,)`."""
-    if (positions := model_kwargs.get("position_ids")) is not None:
-        return positions[:, -1]
-    mask = model_kwargs.get("attention_mask")
-    return num_read if mask is None else mask.sum(dim=1) - 1
 
 
 def has_hooks(model: nn.Module) -> bool:

@@ -12,13 +12,13 @@ from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel
 from transformers.generation import EosTokenCriteria
 
 from .fixed_buffers import TextBuffers
 from .fixed_rounds import Ends, FixedRounds
-from .memory import DraftMemory
+from .prefill import Prefill
 from .sampling import stateless_warpers
 from .support import TreePlan, compile_config
 from .timing import Stopwatch
@@ -66,10 +66,10 @@ class Shelf:
     The buffers of a call, and the rounds of every size on them.
 
     Args:
-        target, draft, cache, memory, draw: As for [`TextBuffers`].
+        target (`PreTrainedModel`), draft ([`Eagle3MLADraftModel`]): The pair.
         largest ([`TreePlan`]): Size of the largest trees.
-        transcript ([`Transcript`]): The text.
-        is_padded_left (`bool`): Whether padding, if there is any, stands before the texts and nowhere else.
+        transcript ([`Transcript`]): The texts.
+        prefill ([`Prefill`]): What the pair knows of them.
         stopwatch ([`Stopwatch`]): Of captures.
     """
 
@@ -79,29 +79,26 @@ class Shelf:
         draft,
         largest: TreePlan,
         transcript: Transcript,
-        cache: Cache,
-        memory: DraftMemory,
-        draw: Tensor | None,
-        is_padded_left: bool,
+        prefill: Prefill,
         stopwatch: Stopwatch,
     ):
-        self.target, self.draft, self.largest, self.cache, self.memory = target, draft, largest, cache, memory
+        self.target, self.draft, self.largest, self.prefill = target, draft, largest, prefill
         self.warpers, self.ends = stateless_warpers(transcript.logits_processor), ends_of(transcript)
-        self.draw, self.is_padded_left = draw, is_padded_left
-        self.num_rows = [count + 1 for count in memory.num_rows]  # of the draft's cache, after the coming round
-        self.num_pads = [cache.get_seq_length() - count for count in self.num_rows]
+        self.draw = transcript.noise.peek(0) if transcript.do_sample else None
+        self.num_rows = [count + 1 for count in prefill.memory.num_rows]  # of the draft, after the coming round
+        self.num_pads = [prefill.cache.get_seq_length() - count for count in self.num_rows]
         self.compile_config, self.stopwatch = compile_config(draft), stopwatch
         self.kept = _kept.setdefault(draft, OrderedDict())
         self.current_key, self.current = None, None
         self.uncaptured: dict[TreePlan, FixedRounds] = {}
         key = (
             largest,
-            len(memory.num_rows),
-            draw is None,
+            len(self.num_rows),
+            transcript.do_sample,
             tuple(map(repr_of, self.warpers)),
             self.ends,
             (target.dtype, draft.dtype),
-            is_padded_left,
+            prefill.is_padded_left,
             repr(self.compile_config),
             torch.is_inference_mode_enabled(),  # elsewhere, its buffers could not be written
         )
@@ -196,7 +193,7 @@ class Shelf:
         if (self.key, size) in failed:
             return None
         rounds = self._new_rounds(size)
-        for fuses in [True, False] if self.is_padded_left and rounds.can_fuse() else [False]:
+        for fuses in [True, False] if self.prefill.is_padded_left and rounds.can_fuse() else [False]:
             try:
                 with self.stopwatch, self.buffers.unmoved():
                     rounds.capture(fuses, self.compile_config)
@@ -210,10 +207,10 @@ class Shelf:
         return None
 
     def _new(self, capacity: int) -> TextBuffers:
-        return TextBuffers(self.draft, self.largest, self.cache, self.memory, capacity, self.draw)
+        return TextBuffers(self.draft, self.largest, self.prefill, capacity, self.draw)
 
     def _new_rounds(self, size: TreePlan) -> FixedRounds:
-        return FixedRounds(self.buffers, self.target, self.draft, size, self.warpers, self.cache, self.ends)
+        return FixedRounds(self.buffers, self.target, self.draft, size, self.warpers, self.prefill.cache, self.ends)
 
 
 def capacities() -> Iterator[int]:

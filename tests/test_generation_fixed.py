@@ -39,6 +39,7 @@ from eagle3_mla.generation.drafting import draft_tree
 from eagle3_mla.generation.fixed_cache import FixedCache
 from eagle3_mla.generation.fixed_memory import FixedMemory
 from eagle3_mla.generation.memory import DraftMemory
+from eagle3_mla.generation.prefill import is_padded_left
 from eagle3_mla.generation.support import TreePlan
 
 SHAPES = {"chain": (5, 1, 5), "tree": (12, 3, 4)}
@@ -205,8 +206,8 @@ def test_padding_is_on_the_left_whatever_the_type_of_the_mask(dtype):
     """Kernels that ask for nothing but the first token of a sequence must not be told of another padding."""
     masks = {(1, 1, 1, 1): True, (0, 0, 1, 1): True, (1, 0, 1, 1): False, (1, 1, 1, 0): False, (0, 0, 0, 0): False}
     for mask, is_left in masks.items():
-        assert runtime.is_padded_left(torch.tensor([mask], dtype=dtype)) == is_left
-    assert runtime.is_padded_left(None)
+        assert is_padded_left(torch.tensor([mask], dtype=dtype)) == is_left
+    assert is_padded_left(None)
 
 
 def test_sequences_without_limit_of_time_end_where_time_ends(llama):
