@@ -26,8 +26,8 @@ from .choice import limit_walk, report_walk, walk_at_once
 from .compilation import compiled
 from .drafting import draft_tree
 from .fixed_buffers import TextBuffers
-from .fused_rope import HALF_PRECISION
 from .fused_target import TreeInSlots, fused_operations, tree_attention
+from .kernels import HALF_PRECISION
 from .memory import additive_mask
 from .ragged import MAX_LEAD
 from .support import TreePlan

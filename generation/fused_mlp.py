@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused_rope import HALF_PRECISION
-from .latent_attention import has_triton
+from .kernels import HALF_PRECISION, has_triton
 
 PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .fused_rope import HALF_PRECISION
-from .latent_attention import has_triton
+from .kernels import HALF_PRECISION, has_triton
 
 # One program reads a row.
 MAX_WIDTH = 16384

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .latent_attention import has_triton
+from .kernels import HALF_PRECISION, has_triton
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
 NAME = "apply_rotary_pos_emb"
 TRIED_WIDTH = 64
 

@@ -17,17 +17,16 @@ width, C latent, R decoupled RoPE.
 """
 
 import functools
-import importlib.util
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .kernels import HALF_PRECISION, has_triton
+
 logger = logging.get_logger(__name__)
 
-# In float32 the tiles would not fit into shared memory.
-KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 # Shared memory of a multiprocessor of an H100, and the sizes that were checked against it.
 MIN_SHARED_MEMORY = 228 * 1024
 MAX_LATENT_DIM, MAX_KEY_DIM = 512, 128
@@ -227,7 +226,7 @@ def runs_on_triton(query: Tensor, c_kv: Tensor, k_rope: Tensor) -> bool:
 def kernel_obstacle(query: Tensor, c_kv: Tensor, k_rope: Tensor) -> str | None:
     """Why the kernels do not take these tensors of a GPU, if so."""
     latent_dim, key_dim = c_kv.shape[-1], k_rope.shape[-1] or query.shape[-1]
-    if query.dtype not in KERNEL_DTYPES:
+    if query.dtype not in HALF_PRECISION:  # tiles of float32 would not fit into shared memory
         return f"they take float16 and bfloat16, not {query.dtype}"
     if latent_dim % 16 != 0 or latent_dim > MAX_LATENT_DIM:
         return f"they take latents of a multiple of 16 up to {MAX_LATENT_DIM}, not of {latent_dim}"
@@ -242,11 +241,6 @@ def kernel_obstacle(query: Tensor, c_kv: Tensor, k_rope: Tensor) -> str | None:
 def shared_memory(device: torch.device) -> int:
     """Bytes of one multiprocessor; a block of threads may have all but 1024 of them."""
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-
-
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _triton():

@@ -12,7 +12,7 @@ Shapes: B batch, N tree nodes, H query heads, G key-value heads, K slots, d and 
 import torch
 from torch import Tensor
 
-from .latent_attention import has_triton
+from .kernels import has_triton
 
 # Wider heads do not fit into the shared memory of a multiprocessor.
 MAX_HEAD_DIM = 256
