@@ -18,6 +18,7 @@ from .kernels import HALF_PRECISION, has_triton
 
 # One program reads a row.
 MAX_WIDTH = 16384
+TRIED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def usual_norm(module: nn.Module) -> UsualNorm | None:
         return None
     weight = module.weight
     generator = torch.Generator(weight.device).manual_seed(0)  # nobody's random numbers are used up
-    states = torch.randn(8, len(weight), generator=generator, device=weight.device, dtype=weight.dtype)
+    states = torch.randn(TRIED_ROWS, len(weight), generator=generator, device=weight.device, dtype=weight.dtype)
     expected, tolerance = module(states), 4 * torch.finfo(weight.dtype).eps
     norms = [UsualNorm(weight, eps, rounds_first) for rounds_first in (True, False)]
     norm = min(norms, key=lambda norm: (norm(states) != expected).sum().item())

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .kernels import HALF_PRECISION, has_triton
 
-NAME = "apply_rotary_pos_emb"
+ROPE_FUNCTION = "apply_rotary_pos_emb"
 TRIED_WIDTH = 64
 
 
@@ -35,10 +35,10 @@ def fused_rope(target: PreTrainedModel) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for module in modules_with_rope(target):
-            original = vars(module)[NAME]
+            original = vars(module)[ROPE_FUNCTION]
             if is_usual_rope(original, target.device, target.dtype):
-                setattr(module, NAME, rope_of_this_thread(original))
-                stack.callback(setattr, module, NAME, original)
+                setattr(module, ROPE_FUNCTION, rope_of_this_thread(original))
+                stack.callback(setattr, module, ROPE_FUNCTION, original)
         yield
 
 
@@ -61,7 +61,7 @@ def modules_with_rope(target: nn.Module) -> list[ModuleType]:
     """The modules that hold the code of `target` and a function that rotates."""
     classes = {kind for module in target.modules() for kind in type(module).__mro__}
     modules = {sys.modules[name] for name in {kind.__module__ for kind in classes} if name in sys.modules}
-    return [module for module in modules if callable(vars(module).get(NAME))]
+    return [module for module in modules if callable(vars(module).get(ROPE_FUNCTION))]
 
 
 def is_usual_rope(function: Callable, device: torch.device, dtype: torch.dtype) -> bool:
