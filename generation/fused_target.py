@@ -29,7 +29,7 @@ from .fused_rope import fused_draft_rope, fused_rope
 from .opaque_ops import tree_attention_op
 
 # Names are global, and two versions of this package may be loaded.
-NAME = f"tree_{re.sub(r'[^0-9A-Za-z]', '_', __name__)}"
+TREE_ATTENTION = f"tree_{re.sub(r'[^0-9A-Za-z]', '_', __name__)}"
 # What attention functions get that has no bearing on the result at inference, or says what is known here anyhow.
 KNOWN_ARGUMENTS = {"dropout", "position_ids", "is_causal", "use_cache", "cache_position", "logits_to_keep"}
 
@@ -82,7 +82,7 @@ def attend_to_tree(
     return tree_attention_op(query, key, value, *arguments), None
 
 
-AttentionInterface.register(NAME, attend_to_tree)
+AttentionInterface.register(TREE_ATTENTION, attend_to_tree)
 
 
 @contextmanager
@@ -96,7 +96,7 @@ def tree_attention(target: PreTrainedModel, tree: TreeInSlots, is_compiled: bool
     config = target.config.get_text_config(decoder=True)
     kind, implementation = type(config), config._attn_implementation_internal
     if is_compiled:
-        config._attn_implementation_internal = NAME
+        config._attn_implementation_internal = TREE_ATTENTION
     else:
         config.__class__ = of_one_thread(kind)
     _trees.append(tree)
@@ -114,7 +114,7 @@ def of_one_thread(kind: type) -> type:
     """A configuration like `kind` with the attention to trees in the thread that records a graph."""
 
     def implementation(config) -> str:
-        return NAME if threading.get_ident() in _threads else kind._attn_implementation.fget(config)
+        return TREE_ATTENTION if threading.get_ident() in _threads else kind._attn_implementation.fget(config)
 
     setter = kind._attn_implementation.fset
     return type(kind.__name__, (kind,), {"_attn_implementation": property(implementation, setter)})
