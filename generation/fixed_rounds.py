@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, CompileConfig, LogitsProcessorList, PreTrainedModel
 
-from .branching import window_of
+from .branching import layer_kinds, window_of
 from .capture import Stage, capture
 from .choice import limit_walk, report_walk, walk_at_once
 from .compilation import compiled
@@ -240,5 +240,5 @@ def tree_size(plan: TreePlan) -> int:
 def windows_by_kind(target: PreTrainedModel, cache: Cache) -> dict[str, int | None]:
     """The sliding window of each kind of the target's layers; `None`: they see everything."""
     config = target.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None) or ["the only one"]
+    kinds = layer_kinds(config)
     return {kind: window_of(cache.layers[kinds.index(kind)], kind, config) for kind in dict.fromkeys(kinds)}

@@ -14,7 +14,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.generation import EosTokenCriteria
 
 from .fixed_buffers import TextBuffers
 from .fixed_rounds import Ends, FixedRounds
@@ -224,9 +223,8 @@ def capacities() -> Iterator[int]:
 
 def ends_of(transcript: Transcript) -> Ends:
     """How the sequences of a text end."""
-    eos = [each.eos_token_id for each in transcript.stopping_criteria if type(each) is EosTokenCriteria]
-    pad = transcript.pad_token_id if transcript.freezes else None
-    return Ends(tuple(torch.cat(eos).tolist()) if eos else None, None if pad is None else int(pad))
+    eos, pad = transcript.eos_token_ids, transcript.pad_token_id if transcript.freezes else None
+    return Ends(None if eos is None else tuple(eos.tolist()), None if pad is None else int(pad))
 
 
 def fingerprint(model: PreTrainedModel) -> int:

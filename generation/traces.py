@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
+from .branching import layer_kinds
+
 
 @dataclass
 class Traces:
@@ -113,7 +115,6 @@ def attention_of(weights: Tensor, path: Tensor, window: int | None) -> Tensor:
 
 def windows(target: PreTrainedModel, cache: Cache) -> list[int | None]:
     """How many keys each of the target's layers sees in plain generation at most; `None`: all that there are."""
-    config = target.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None) or ["the only one"] * config.num_hidden_layers
+    kinds = layer_kinds(target.config.get_text_config(decoder=True))
     layers = [cache.layers[kinds.index(kind)] for kind in kinds]
     return [layer.sliding_window if layer.is_sliding else None for layer in layers]
