@@ -21,11 +21,11 @@ import time
 import traceback
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import mean
 
 import torch
 from harness import BYTES_PER_GB, copy_bandwidth, wait, write_table
+from held_out import make_parser, read_prompts
 from pairs import (
     COMPILED,
     OURS,
@@ -42,7 +42,6 @@ from pairs import (
     set_way,
 )
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
-from trees import read_prompts
 from twin import TwinShape, widen_draft, widen_target
 
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
@@ -250,24 +249,18 @@ def load_pair(arguments: argparse.Namespace, tokenizer) -> Pair:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True, help="the small target, a Llama")
-    parser.add_argument("--draft", required=True, help="its head")
-    parser.add_argument("--prompts", required=True, type=Path, help="JSONL of held-out conversations")
+    parser = make_parser(__doc__, "benchmarks/results/speedup.md", num_samples=2, max_new_tokens=256)
     default_ways = [PLAIN_STATIC, OURS_CAPTURED, OURS_ADAPTIVE, OURS_COMPILED]
     parser.add_argument("--ways", nargs="+", choices=TRIED, default=default_ways)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--num-samples", type=int, default=2, help="prompts of each source; at least one full batch")
     # With 256 new tokens and a tree of 60 nodes our buffers need not grow on the way, which would compile them anew.
     parser.add_argument("--prompt-length", type=int, default=400, help="longer prompts are left out")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--num-nodes", type=int, default=TreeShape.num_nodes)
     parser.add_argument("--top-k", type=int, default=TreeShape.top_k)
     parser.add_argument("--depth", type=int, default=TreeShape.depth)
     parser.add_argument("--time-limit", type=float, default=200.0, help="seconds after which no further row begins")
     parser.add_argument("--random-head", action="store_true", help="a head that knows nothing of the target")
     parser.add_argument("--small", action="store_true", help="a small twin in fp32 on the CPU")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speedup.md"))
     return parser.parse_args()
 
 
