@@ -9,6 +9,8 @@ After every round the text is one token longer than the target's cache: the newe
 has been chosen but not read.
 
 Source: EAGLE-3, arXiv:2503.01840.
+
+Shapes: B batch, T tokens.
 """
 
 import time
@@ -26,10 +28,11 @@ from .continuations import Beginning, num_omitted
 from .drafting import draft_tree
 from .memory import DraftMemory
 from .metrics import SpeculationStats
+from .obstacles import takes_fixed_shapes
 from .probing import can_branch
 from .ragged import RaggedTexts
 from .rope import ReadingLimits, check_omitted, check_reread
-from .runtime import decode_at_fixed_shapes, slots_of, takes_fixed_shapes
+from .runtime import decode_at_fixed_shapes, slots_of
 from .sizing import ConstantSize, TreeSizer, sizes_for
 from .support import TreePlan, check_call, draft_window, may_differ_in_length, pad_token, tree_plan
 from .timing import CallTimes

@@ -1,10 +1,8 @@
-"""The loop at fixed shapes, and where it can be taken.
+"""The loop at fixed shapes.
 
 On CUDA this is what makes a round cost little more than reading the weights: each stage of `fixed_rounds.py` is one
-launch of a captured graph. Where shapes cannot be fixed, or a model cannot be captured, the loop of `decoder.py` runs,
-and the log says once why.
-
-Shapes: B batch, T tokens.
+launch of a captured graph. Where shapes cannot be fixed (`obstacles.py`), or a model cannot be captured, the loop of
+`decoder.py` runs, and the log says once why.
 """
 
 import threading
@@ -12,93 +10,22 @@ import time
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from .chunks import ChunkLimit
 from .fixed_rounds import FixedRounds, tree_size
 from .memory import DraftMemory
 from .metrics import SpeculationStats
 from .prefill import Prefill
-from .probing import can_branch
 from .ragged import RaggedTexts
-from .rope import ReadingLimits, rope_lengths
-from .shelf import Shelf, give_reason
+from .shelf import Shelf
 from .sizing import FIXED_STEP, ConstantSize, TreeSizer, sizes_for
-from .support import TreePlan, draft_window, fixed_shapes
-from .traces import Traces
-from .transcript import Transcript
+from .support import TreePlan
 from .verification import TextsInStep, Walks
-
-# Inputs of a target that rounds at fixed shapes give it, or that say nothing about single tokens.
-KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-KNOWN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 _in_use = threading.Lock()
 # When the device is done with the call before: it may have run on another stream.
 _last_uses: list[torch.cuda.Event] = []
-
-
-def takes_fixed_shapes(
-    target: PreTrainedModel,
-    draft,
-    plan: TreePlan,
-    transcript: Transcript,
-    limits: ReadingLimits,
-    traces: Traces,
-    model_kwargs: dict,
-) -> bool:
-    """
-    Whether the rounds of a call have fixed shapes: on CUDA where possible, or as `fixed_shapes` says.
-
-    **Effects**: where they are wanted but not possible, the log says why, once.
-    """
-    wanted = fixed_shapes(draft)
-    if not (target.device.type == "cuda" if wanted is None else wanted):
-        return False
-    reason = why_shapes_vary(target, draft, plan, transcript, limits, traces, model_kwargs)
-    if reason is not None:
-        give_reason(target, reason)
-    return reason is None
-
-
-def why_shapes_vary(
-    target: PreTrainedModel,
-    draft,
-    plan: TreePlan,
-    transcript: Transcript,
-    limits: ReadingLimits,
-    traces: Traces,
-    model_kwargs: dict,
-) -> str | None:
-    """Why the rounds of a call cannot have fixed shapes; `None` if they can."""
-    devices = {parameter.device for parameter in target.parameters()} | {draft.device, transcript.input_ids.device}
-    unknown = {name for name, value in model_kwargs.items() if value is not None} - KNOWN_INPUTS
-    positions, cache = model_kwargs.get("position_ids"), model_kwargs["past_key_values"]
-    reasons = {
-        "nothing is drafted": plan.depth == 0,
-        "`assistant_confidence_threshold` is set": plan.confidence_threshold is not None,
-        "`draft_window` is set": draft_window(draft) is not None,
-        "hidden states or attentions are wanted": traces.are_wanted,
-        f"models and text are on several devices: {', '.join(sorted(map(str, devices)))}": len(devices) > 1,
-        f"the target has inputs besides the usual ones: {', '.join(sorted(unknown))}": bool(unknown),
-        f"beyond some length {ChunkLimit.of(target).reason}": ChunkLimit.of(target).num_tokens is not None,
-        "the target's RoPE factors may change with the length of the text": limits.are_reached(transcript)
-        or any(rope_lengths(target.config.get_text_config(decoder=True))),
-        "positions have several axes": positions is not None and positions.dim() != 2,
-        "the target's windows are to record their past": any(
-            getattr(each, "record_past", False) for each in cache.layers
-        ),
-        "the target's cache is of a kind of its own": type(cache) is not DynamicCache
-        or not {type(layer) for layer in cache.layers} <= KNOWN_LAYERS,
-        "autocast is on, whose copies of weights end with it": torch.is_autocast_enabled(target.device.type),
-        "the target or the draft has hooks, which a graph would not call": has_hooks(target) or has_hooks(draft),
-    }
-    applying = [reason for reason, applies in reasons.items() if applies]
-    if not applying and not can_branch(target):
-        return "the target takes no masks of its own"
-    return applying[0] if applying else None
 
 
 def decode_at_fixed_shapes(
@@ -325,14 +252,3 @@ def record_round(
     num_omitted = texts.transcript.num_omitted
     shelf.num_rows = [num_omitted + count - pads for count, pads in zip(num_read, shelf.num_pads, strict=True)]
     texts.transcript.flush()
-
-
-def has_hooks(model: nn.Module) -> bool:
-    """Whether somebody listens to a model's modules; transformers' own hooks do nothing unless asked."""
-    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
-        return True
-    for module in model.modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "_hf_hook" in vars(module) or any(not str(hook.__module__).startswith("transformers.") for hook in hooks):
-            return True
-    return False

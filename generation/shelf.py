@@ -4,7 +4,6 @@ What a graph has recorded reads and writes at fixed addresses, so it lasts as lo
 they are. Of a pair the sets of the latest calls are kept, as many as a part of the device's memory holds.
 """
 
-import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -17,13 +16,12 @@ from transformers import PreTrainedModel
 
 from .fixed_buffers import TextBuffers
 from .fixed_rounds import Ends, FixedRounds
+from .obstacles import give_reason
 from .prefill import Prefill
 from .sampling import stateless_warpers
 from .support import TreePlan, compile_config
 from .timing import Stopwatch
 from .transcript import Transcript
-
-logger = logging.getLogger(__name__)
 
 # Capacities are powers of two and the middles between them: a third of the slots is never used, at most.
 LEAST_CAPACITY = 256
@@ -37,7 +35,6 @@ ADAPTER_FIELDS = {"disable_adapters", "active_adapters", "merged"}
 _kept: WeakKeyDictionary[nn.Module, OrderedDict] = WeakKeyDictionary()
 # What could not be captured, and would not be another time.
 _failed: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()
-_reasons_given: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -247,10 +244,3 @@ def repr_of(processor) -> str:
     # A tensor's own representation has four digits.
     numbers = {name: value.tolist() if torch.is_tensor(value) else value for name, value in fields}
     return f"{type(processor).__name__} {sorted(numbers.items())}"
-
-
-def give_reason(target: PreTrainedModel, reason: str) -> None:
-    """Says once in the log why a target's rounds have no fixed shapes."""
-    if reason not in _reasons_given:
-        _reasons_given.add(reason)
-        logger.warning("Rounds of %s are not captured as CUDA graphs: %s.", type(target).__name__, reason)

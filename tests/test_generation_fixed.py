@@ -34,7 +34,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from eagle3_mla.generation import capture, fixed_rounds, ragged, runtime, shelf
+from eagle3_mla.generation import capture, fixed_rounds, obstacles, ragged, runtime, shelf
 from eagle3_mla.generation.drafting import draft_tree
 from eagle3_mla.generation.fixed_cache import FixedCache
 from eagle3_mla.generation.fixed_memory import FixedMemory
@@ -430,7 +430,7 @@ OBSTACLES = {
 
 @pytest.mark.parametrize("reason", OBSTACLES)
 def test_log_says_once_why_shapes_vary(llama, reason, caplog, monkeypatch, ways):
-    monkeypatch.setattr(shelf, "_reasons_given", set())
+    monkeypatch.setattr(obstacles, "_reasons_given", set())
     knobs, settings = OBSTACLES[reason]
     draft, prompt = make_fixed(llama), make_prompt(6)
     draft.generation_config.update(**knobs)
@@ -444,7 +444,7 @@ def test_log_says_once_why_shapes_vary(llama, reason, caplog, monkeypatch, ways)
 
 
 def test_hooks_autocast_and_targets_without_masks_take_the_other_loop(llama, caplog, monkeypatch, ways):
-    monkeypatch.setattr(shelf, "_reasons_given", set())
+    monkeypatch.setattr(obstacles, "_reasons_given", set())
     hook = llama.model.layers[1].register_forward_hook(lambda *arguments: None)
     try:
         assert_same_call(llama, make_fixed(llama), make_prompt(6), do_sample=False)
@@ -477,7 +477,7 @@ class ScalingCache(DynamicCache):
 
 
 def test_caches_with_ways_of_their_own_take_the_other_loop(llama, caplog, monkeypatch, ways):
-    monkeypatch.setattr(shelf, "_reasons_given", set())
+    monkeypatch.setattr(obstacles, "_reasons_given", set())
     target, prompt = TARGETS["mistral-window-8"]().eval(), make_prompts([9, 5])
     recording = DynamicCache(config=target.config)
     recording.activate_past_recording()
@@ -742,7 +742,7 @@ def test_processors_that_differ_in_the_fifth_digit_are_told_apart():
 
 @pytest.mark.gpu
 def test_model_that_asks_the_device_takes_the_other_loop(caplog, monkeypatch, graphs):
-    monkeypatch.setattr(shelf, "_reasons_given", set())
+    monkeypatch.setattr(obstacles, "_reasons_given", set())
     target = TARGETS["llama"]().eval().cuda()
     mlp = target.model.layers[1].mlp
     forward = mlp.forward
