@@ -5,7 +5,7 @@ tree, and the position is the node after which the token was emitted: its states
 those over the committed tokens and the node's path, in this order. Of a sliding-window layer plain generation shows
 the window alone; a tree sees the windows of all its nodes.
 
-Shapes: B batch, N nodes, P nodes on a path, H heads, K keys of the forward, D the target's hidden.
+Shapes: B batch, T tokens, N nodes, P nodes on a path, H heads, K keys of the forward, D the target's hidden.
 """
 
 from collections.abc import Callable
