@@ -72,7 +72,7 @@ class FixedRounds:
         like: Cache,
         ends: Ends,
     ):
-        self.target, self.draft, self.whose = weakref.proxy(target), weakref.proxy(draft), weakref.ref(target)
+        self.target, self.draft, self.target_ref = weakref.proxy(target), weakref.proxy(draft), weakref.ref(target)
         self.buffers, self.plan, self.warpers = buffers, plan, warpers
         self.windows = windows_by_kind(target, like)
         counts = buffers.lengths
@@ -101,7 +101,7 @@ class FixedRounds:
         Raises:
             RuntimeError: If a model asks something of the device.
         """
-        self.fuses, self.is_compiled, target = fuses, compile_config is not None, self.whose()
+        self.fuses, self.is_compiled, target = fuses, compile_config is not None, self.target_ref()
         if compile_config is not None:
             self.listener.thread = None  # a compiler does not know of threads
         with (
@@ -166,7 +166,7 @@ class FixedRounds:
             view = TreeInSlots(buffers.lengths, buffers.first, tree.attends, tree.depths)
             # A mask that fits no keys: attention that is not asked through transformers' interface fails on it.
             attention, masks = (
-                tree_attention(self.whose(), view, self.is_compiled),
+                tree_attention(self.target_ref(), view, self.is_compiled),
                 buffers.lengths.new_zeros(1, 1, 1, 2),
             )
         else:

@@ -44,17 +44,17 @@ class KeptSet:
 
     Args:
         buffers ([`TextBuffers`]): The buffers.
-        whose (`Callable`): Gives the target that the rounds are of, as long as it is there.
+        target_ref (`Callable`): Gives the target that the rounds are of, as long as it is there.
         rounds (`dict[TreePlan, FixedRounds]`): By size.
     """
 
     buffers: TextBuffers
-    whose: Callable[[], PreTrainedModel | None]
+    target_ref: Callable[[], PreTrainedModel | None]
     rounds: dict[TreePlan, FixedRounds] = field(default_factory=dict)
 
     def belongs_to(self, target: PreTrainedModel) -> bool:
         """Whether these are rounds of `target` itself, not of one that had its weights in the same place."""
-        return self.whose() is target
+        return self.target_ref() is target
 
 
 class Shelf:
