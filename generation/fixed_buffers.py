@@ -56,7 +56,7 @@ class TextBuffers:
         self.lengths, self.offsets = torch.zeros_like(counts), torch.zeros_like(counts)
         self.limit = counts.new_full((), capacity)
         self.is_token = torch.ones(len(counts), capacity, dtype=torch.bool, device=counts.device)
-        self.first = torch.zeros_like(counts)
+        self.first_slots = torch.zeros_like(counts)
         self.roots = counts.new_zeros(len(counts), 1)
         self.is_frozen = torch.zeros_like(counts, dtype=torch.bool)
         self.noise = None if draw is None else GivenNoise(draw.new_ones(len(draw), largest.depth + 1, draw.shape[1]))
@@ -80,14 +80,14 @@ class TextBuffers:
         self.is_token.fill_(True)
         if prefill.is_token is not None:
             self.is_token[:, :num_read] = prefill.is_token[:, :num_read].bool()
-        self.first.copy_((~self.is_token).sum(dim=1))
+        self.first_slots.copy_((~self.is_token).sum(dim=1))
         self.cache.load(prefill.cache)
         self.memory.load(prefill.memory)
         self.roots.copy_(self.memory.roots)
 
     def take_over(self, smaller: "TextBuffers") -> None:
         """Goes on where buffers of a smaller capacity have come to."""
-        for name in ("lengths", "offsets", "limit", "roots", "is_frozen", "first"):
+        for name in ("lengths", "offsets", "limit", "roots", "is_frozen", "first_slots"):
             getattr(self, name).copy_(getattr(smaller, name))
         self.is_token.fill_(True)
         self.is_token[:, : smaller.capacity] = smaller.is_token

@@ -163,7 +163,7 @@ class FixedRounds:
         buffers.cache.write_at(slots)
         attention, masks = nullcontext(), None
         if self.fuses:
-            view = TreeInSlots(buffers.lengths, buffers.first, tree.attends, tree.depths)
+            view = TreeInSlots(buffers.lengths, buffers.first_slots, tree.attends, tree.depths)
             # A mask that fits no keys: attention that is not asked through transformers' interface fails on it.
             attention, masks = (
                 tree_attention(self.target_ref(), view, self.is_compiled),

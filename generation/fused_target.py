@@ -40,12 +40,13 @@ class TreeInSlots:
     The trees of a round and where they stand in the cache; see `tree_attention.py` for shapes.
 
     Args:
-        lengths (`torch.Tensor`), first (`torch.Tensor`): Slots in use of each sequence, and the first behind padding.
+        lengths (`torch.Tensor`): Slots in use of each sequence.
+        first_slots (`torch.Tensor`): The first of them behind the padding.
         attends (`torch.Tensor`), depths (`torch.Tensor`): Of the nodes.
     """
 
     lengths: Tensor
-    first: Tensor
+    first_slots: Tensor
     attends: Tensor
     depths: Tensor
 
@@ -78,7 +79,7 @@ def attend_to_tree(
         raise NotImplementedError(f"attention with {sorted(unknown)} and a window of {sliding_window}")
     tree = _trees[-1]
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    arguments = tree.lengths, tree.first, tree.attends, tree.depths, scaling, softcap, s_aux
+    arguments = tree.lengths, tree.first_slots, tree.attends, tree.depths, scaling, softcap, s_aux
     return tree_attention_op(query, key, value, *arguments), None
 
 
