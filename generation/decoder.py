@@ -156,9 +156,7 @@ def decode(
     if not is_finished:
         stats.times.time_forwards(target, draft)
         sizes = sizes_for(draft, target, plan, len(transcript.input_ids))
-        cache, memory = decode_round_by_round(
-            target, draft, texts, limits, traces, stats, sizes, memory, captured, model_kwargs
-        )
+        cache, memory = decode_round_by_round(target, draft, texts, limits, traces, stats, sizes, memory, model_kwargs)
     stats.new_tokens -= texts.num_discarded
     beginning.remember(draft, cache, memory, transcript.input_ids, mask)
     return cache
@@ -173,19 +171,16 @@ def decode_round_by_round(
     stats: SpeculationStats,
     sizes: TreeSizer | ConstantSize,
     memory: DraftMemory,
-    captured,
     model_kwargs: dict,
 ) -> tuple[Cache, DraftMemory]:
     """
     All rounds of one call, each with tensors of its own size; returns what both models remember in the end.
 
-    Args:
-        captured ([`FusedStates`]): A context in which the target's forwards leave the states that the draft reads.
-
     **Effects**: fills `texts`, `traces` and `stats`; moves the target's cache and `memory` on.
     """
     transcript, cache, limit = texts.transcript, model_kwargs["past_key_values"], ChunkLimit.of(target)
     limit.warn(target, transcript.max_slots)
+    captured = draft.capture_fused_states(target)
     with ExitStack() as windows:
         # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
         windows.enter_context(recorded_past(cache))
@@ -202,9 +197,7 @@ def decode_round_by_round(
                         target, tree, texts.ids, model_kwargs, texts.lengths, transcript.max_slots
                     )
                 verdict = texts.accept(tree, logits)
-                stats.target_calls += 1
-                stats.record(verdict.walks, len(tree) - 1, tree.deepest)
-                stats.draft_cache_bytes, stats.draft_cache_tokens = memory.num_bytes, memory.cache.get_seq_length()
+                record_round(stats, tree, verdict, memory)
                 transcript.flush()
             if outputs.past_key_values is cache:
                 traces.add_path(target, outputs, verdict.path)
@@ -229,6 +222,13 @@ def largest_plan(draft, target: PreTrainedModel, limits: ReadingLimits, ids: Ten
     if limits.forbid_drafting(ids):
         return plan.within(0)
     return plan if plan.top_k == 1 or can_branch(target) else plan.as_chain()
+
+
+def record_round(stats: SpeculationStats, tree: DraftTree, verdict: Verdict, memory: DraftMemory) -> None:
+    """Counts a round."""
+    stats.target_calls += 1
+    stats.record(verdict.walks, len(tree) - 1, tree.deepest)
+    stats.draft_cache_bytes, stats.draft_cache_tokens = memory.num_bytes, memory.cache.get_seq_length()
 
 
 def keep(target: PreTrainedModel, tree: DraftTree, verdict: Verdict, outputs, model_kwargs: dict) -> dict:
