@@ -87,7 +87,7 @@ class Shelf:
         self.kept = _kept.setdefault(draft, OrderedDict())
         self.current_key, self.current = None, None
         self.uncaptured: dict[TreePlan, FixedRounds] = {}
-        key = (
+        self.key = (
             largest,
             len(self.num_rows),
             transcript.do_sample,
@@ -97,8 +97,9 @@ class Shelf:
             prefill.is_padded_left,
             repr(self.compile_config),
             torch.is_inference_mode_enabled(),  # elsewhere, its buffers could not be written
+            fingerprint(target),
+            fingerprint(draft),
         )
-        self.key = *key, fingerprint(target), fingerprint(draft)
 
     @property
     def buffers(self) -> TextBuffers:
