@@ -52,12 +52,12 @@ class TextBuffers:
         self.capacity = capacity
         self.cache = FixedCache(prefill.cache, capacity)
         self.memory = FixedMemory(draft, prefill.memory, capacity, largest.depth * largest.top_k, largest.depth + 1)
-        counts = self.memory.num_rows
+        counts = self.memory.num_rows  # (B,)
         self.lengths, self.offsets = torch.zeros_like(counts), torch.zeros_like(counts)
         self.limit = counts.new_full((), capacity)
-        self.is_token = torch.ones(len(counts), capacity, dtype=torch.bool, device=counts.device)
+        self.is_token = torch.ones(len(counts), capacity, dtype=torch.bool, device=counts.device)  # (B, K)
         self.first_slots = torch.zeros_like(counts)
-        self.roots = counts.new_zeros(len(counts), 1)
+        self.roots = counts.new_zeros(len(counts), 1)  # (B, 1)
         self.is_frozen = torch.zeros_like(counts, dtype=torch.bool)
         self.noise = None if draw is None else GivenNoise(draw.new_ones(len(draw), largest.depth + 1, draw.shape[1]))
 

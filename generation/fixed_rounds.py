@@ -77,11 +77,11 @@ class FixedRounds:
         self.windows = windows_by_kind(target, like)
         counts = buffers.lengths
         self.slots = torch.arange(buffers.capacity, device=counts.device)
-        self.token_ids = counts.new_zeros(len(counts), tree_size(plan))
+        self.token_ids = counts.new_zeros(len(counts), tree_size(plan))  # (B, N)
         self.parents, self.preferred = torch.zeros_like(self.token_ids), torch.zeros_like(self.token_ids[:, 1:])
         num_nodes = self.token_ids.shape[1]
         self.attends = torch.zeros(len(counts), num_nodes, num_nodes, dtype=torch.bool, device=counts.device)
-        self.path = counts.new_zeros(len(counts), plan.depth + 1)
+        self.path = counts.new_zeros(len(counts), plan.depth + 1)  # (B, P)
         self.tokens, self.num_new = torch.zeros_like(self.path), torch.ones_like(counts)
         self.freezes = ends.pad_token_id is not None
         self.pad_token_id = counts.new_tensor(ends.pad_token_id if self.freezes else -1)
