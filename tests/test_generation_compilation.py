@@ -1,14 +1,21 @@
-"""Compiled rounds: what a compiler makes of them."""
+"""Compiled rounds: the text is that of plain generation, and a compiler copies no cache."""
+
+import shutil
+from functools import partial
 
 import pytest
 import torch
+from reference_generation import TARGETS, make_draft, make_prompts, set_tree
 from torch import fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops_core
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache
 
+from eagle3_mla.generation import fixed_rounds, shelf
+from eagle3_mla.generation.compilation import compiled
 from eagle3_mla.generation.fixed_cache import FixedCache
 
+WAYS = {"own-attention": False, "attention-to-trees": True}
 # Key-value heads, widths of keys and values: a target's and a draft's without decoupled RoPE.
 CACHES = {"heads": (3, 8, 8), "latents": (1, 16, 0)}
 
@@ -50,3 +57,55 @@ def test_compiler_writes_into_slots_where_they_are(shape):
     targets = [str(node.target) for node in graphs[0].graph.nodes]
     assert targets.count("aten.index_put_.default") == 4
     assert not {"aten.index_put.default", "aten.copy_.default"} & set(targets)
+
+
+def assert_plain_text(target, draft, prompts: list[dict[str, torch.Tensor]]) -> None:
+    """The texts outgrow their first buffers."""
+    for prompt in prompts:
+        settings = {"max_new_tokens": 40, "do_sample": False, **prompt}
+        plain = target.generate(**settings)
+        assert torch.equal(target.generate(**settings, assistant_model=draft), plain)
+        assert sum(draft.speculation_stats.accepted_by_depth) > 0
+        assert draft.speculation_stats.choice_seconds > 0
+
+
+def compile_on_the_cpu(monkeypatch, config: CompileConfig, fuses: bool) -> None:
+    """What is recorded on a GPU runs as it is in every round."""
+    new_rounds = shelf.Shelf._new_rounds
+
+    def run(stage, of: shelf.Shelf):
+        with compiled(config, of.target, of.draft):
+            return stage()
+
+    def new(of: shelf.Shelf, size):
+        rounds = new_rounds(of, size)
+        rounds.listener.thread, rounds.fuses, rounds.is_compiled = None, fuses, True
+        rounds.draft_trees, rounds.verify = partial(run, rounds.draft_trees, of), partial(run, rounds.verify, of)
+        return rounds
+
+    monkeypatch.setattr(shelf.Shelf, "_new_rounds", new)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("fuses", WAYS.values(), ids=WAYS)
+def test_compiled_rounds_give_the_plain_text_on_the_cpu(fuses, monkeypatch):
+    """An operation that says it writes into two parts of one tensor got one of them shifted by PyTorch 2.11."""
+    target = TARGETS["llama"]().eval()
+    draft = set_tree(make_draft(target), 12, 3, 4)
+    draft.generation_config.fixed_shapes = True
+    monkeypatch.setattr(shelf, "LEAST_CAPACITY", 48)
+    compile_on_the_cpu(monkeypatch, CompileConfig(dynamic=False, mode="default"), fuses)
+    assert_plain_text(target, draft, [make_prompts([12, 5, 9])])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fuses", WAYS.values(), ids=WAYS)
+def test_compiled_and_captured_rounds_give_the_plain_text(fuses, monkeypatch):
+    target = TARGETS["llama"]().eval().cuda()
+    draft = set_tree(make_draft(target), 12, 3, 4).cuda()
+    draft.generation_config.compile_config = CompileConfig(dynamic=False, mode="default")
+    monkeypatch.setattr(shelf, "LEAST_CAPACITY", 48)
+    monkeypatch.setattr(fixed_rounds.FixedRounds, "can_fuse", lambda rounds: fuses)
+    prompts = [make_prompts([9], num_padding=2), make_prompts([12, 5, 9])]
+    assert_plain_text(target, draft, [{name: each.cuda() for name, each in prompt.items()} for prompt in prompts])
