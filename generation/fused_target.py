@@ -74,7 +74,7 @@ def attend_to_tree(
     Raises:
         NotImplementedError: If a target's attention asks for more.
     """
-    unknown = {name for name, given in kwargs.items() if given is not None} - KNOWN_ARGUMENTS
+    unknown = {name for name, given in kwargs.items() if given is not None and given is not False} - KNOWN_ARGUMENTS
     if unknown or sliding_window is not None:
         raise NotImplementedError(f"attention with {sorted(unknown)} and a window of {sliding_window}")
     tree = _trees[-1]
