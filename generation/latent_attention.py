@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .kernels import HALF_PRECISION, has_triton
+from .kernels import HALF_PRECISION, can_run_kernels
 
 logger = logging.get_logger(__name__)
 
@@ -220,7 +220,8 @@ def runs_on_triton(query: Tensor, c_kv: Tensor, k_rope: Tensor) -> bool:
     obstacle = kernel_obstacle(query, c_kv, k_rope)
     if obstacle is not None:
         logger.warning_once(f"Attention to latents runs without its kernels, which is slower: {obstacle}.")
-    return obstacle is None
+        return False
+    return can_run_kernels(query.device)
 
 
 def kernel_obstacle(query: Tensor, c_kv: Tensor, k_rope: Tensor) -> str | None:
@@ -234,7 +235,7 @@ def kernel_obstacle(query: Tensor, c_kv: Tensor, k_rope: Tensor) -> str | None:
         return f"they take heads and R up to {MAX_KEY_DIM}, not {key_dim}"
     if shared_memory(query.device) < MIN_SHARED_MEMORY:
         return f"they need {MIN_SHARED_MEMORY} bytes of shared memory, and this GPU has {shared_memory(query.device)}"
-    return None if has_triton() else "Triton is not installed"
+    return None
 
 
 @functools.cache

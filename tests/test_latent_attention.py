@@ -238,16 +238,15 @@ def hopper(monkeypatch):
 def test_a_gpu_whose_kernels_cannot_run_takes_the_definition_and_says_why(hopper, monkeypatch):
     messages = []
     monkeypatch.setattr(module.logger, "warning_once", messages.append)
-    monkeypatch.setattr(module, "has_triton", lambda: False)
-    assert not module.runs_on_triton(on_gpu(), on_gpu(), on_gpu())
-    assert messages == ["Attention to latents runs without its kernels, which is slower: Triton is not installed."]
-    monkeypatch.setattr(module, "has_triton", lambda: True)
+    monkeypatch.setattr(module, "can_run_kernels", lambda device: device.type == "cuda")
+    assert not module.runs_on_triton(on_gpu(torch.float32), on_gpu(), on_gpu())
+    reason = "they take float16 and bfloat16, not torch.float32"
+    assert messages == [f"Attention to latents runs without its kernels, which is slower: {reason}."]
     assert module.runs_on_triton(on_gpu(), on_gpu(), on_gpu())
     assert len(messages) == 1
 
 
 def test_what_the_kernels_were_not_made_for_is_named(hopper, monkeypatch):
-    monkeypatch.setattr(module, "has_triton", lambda: True)
     assert "not torch.float32" in module.kernel_obstacle(on_gpu(torch.float32), on_gpu(), on_gpu())
     assert "not of 72" in module.kernel_obstacle(on_gpu(), on_gpu(width=72), on_gpu())
     assert "not of 1024" in module.kernel_obstacle(on_gpu(), on_gpu(width=1024), on_gpu())
