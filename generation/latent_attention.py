@@ -81,7 +81,8 @@ def attend_latents(
         c_kv (`torch.Tensor` of shape `(B, 1, T, C)`): Latents; what lies beyond a sequence's length is not read.
         k_rope (`torch.Tensor` of shape `(B, 1, T, R)`): Rotated keys.
         projections ([`UpProjections`]): Of the latents.
-        lengths (`torch.Tensor` of shape `(B,)`): Slots that each sequence holds, drafted ones included, int32.
+        lengths (`torch.Tensor` of shape `(B,)`): Slots that each sequence holds, drafted ones included, int32; what is
+            beyond T counts as T.
         scaling (`float`): Factor of the scores.
         drafted ([`DraftedSlots`], *optional*): The last slots; `None`: every row sees all slots.
         first_slots (`torch.Tensor` of shape `(B,)`, *optional*): Those behind the padding, of RoPE position 0, int32.
@@ -109,6 +110,7 @@ def attend_by_definition(
 ) -> Tensor:
     """`attend_latents`, written out over all T slots, in float32 or wider."""
     slots = torch.arange(c_kv.shape[2], device=c_kv.device)
+    lengths = lengths.clamp(max=len(slots))  # before drafted slots are counted from the end
     first_slots = torch.zeros_like(lengths) if first_slots is None else first_slots
     is_held = (slots >= first_slots[:, None]) & (slots < lengths[:, None])  # (B, T)
     dtype = torch.promote_types(query.dtype, torch.float32)
