@@ -1,6 +1,7 @@
 """Operations that have a Triton kernel, on a GPU where Triton cannot run: PyTorch's stand in, and the log says why."""
 
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,16 +23,7 @@ from eagle3_mla.generation import (
 )
 
 PACKAGE = kernels.__package__
-KERNELS = [
-    f"{PACKAGE}.{name}"
-    for name in (
-        "fused_kernels_triton",
-        "latent_attention_triton",
-        "latent_attention_wide_triton",
-        "top_tokens_triton",
-        "tree_attention_triton",
-    )
-]
+KERNELS = [f"{PACKAGE}.{path.stem}" for path in Path(kernels.__file__).parent.glob("*_triton.py")]
 
 
 @pytest.fixture(params=["not installed", "no C compiler"])
