@@ -1,4 +1,9 @@
-"""Steps that the kernels of latent attention share: parts of the slots, angles of RoPE, the running softmax.
+"""Steps that the kernels of latent attention share: parts of the slots, tiles, angles of RoPE, the running softmax.
+
+A tile of latents is a tuple of chunks: its width is never padded, but taken in pieces of the largest power of two that
+divides it. Sums of latents are kept transposed, entries first: a matrix product on the device wants at least 64 of the
+first dimension and is content with 16 of the last. Scores and weights have rows first, so that what is reduced lies
+within a warp.
 
 Shapes: L slots of a tile, N query rows of a tile, E entries of a chunk of the latent, F frequencies.
 """
@@ -70,14 +75,56 @@ def turned(pairs, angles):
 
 
 @triton.jit
-def add_to_softmax(sums, maximum, total, scores, tiles, PRECISION: tl.constexpr):
-    """Adds a tile to a running softmax; `scores (L, N)` are logarithms to base 2, `total` as in [`empty_softmax`]."""
-    new_maximum = tl.maximum(maximum, tl.max(scores, axis=0))
+def load_rows(pointer, row_offset, is_row, column, is_column):
+    """`(rows, columns)` of a matrix whose rows begin at `row_offset`, zeros outside."""
+    mask = is_row[:, None] & is_column[None, :]
+    return tl.load(pointer + row_offset[:, None] + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def load_chunks(pointer, row_offset, is_row, NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, IS_MASKED: tl.constexpr):
+    """All columns of these rows, as a tuple of `NUM_CHUNKS` tensors `(rows, E)`; without `IS_MASKED` all are rows."""
+    chunks = ()
+    for chunk in tl.static_range(NUM_CHUNKS):
+        address = pointer + (row_offset[:, None] + (chunk * CHUNK + tl.arange(0, CHUNK))[None, :])
+        loaded = tl.load(address, mask=is_row[:, None], other=0.0) if IS_MASKED else tl.load(address)
+        chunks = chunks + (loaded,)  # noqa: RUF005
+    return chunks
+
+
+@triton.jit
+def shown(scores, sees_ptr, row, is_row, drafted, is_held, num_drafted):
+    """
+    Minus infinity where a row does not see a slot: those not held, and drafted ones that are not its own.
+
+    Kernels read `sees` for every tile, also where none of its slots is drafted. The order of that load is what the
+    compiler takes for weights in shared memory; those in the order of a matrix product with less than 64 rows are read
+    wrongly by the next product (Triton 3.6).
+    """
+    is_asked = (is_held & (drafted >= 0))[None, :] & is_row[:, None]
+    sees = tl.load(sees_ptr + row[:, None] * num_drafted + drafted[None, :], mask=is_asked, other=1)
+    return tl.where(is_held[None, :] & (sees != 0), scores, float("-inf"))
+
+
+@triton.jit
+def empty_softmax(NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """Sums `(E, N)`, maximum `(N,)` and total `(N,)` of no slots."""
+    sums = ()
+    for _chunk in tl.static_range(NUM_CHUNKS):
+        sums = sums + (tl.zeros([CHUNK, BLOCK_ROWS], tl.float32),)  # noqa: RUF005
+    return sums, tl.full([BLOCK_ROWS], float("-inf"), tl.float32), tl.zeros([BLOCK_ROWS], tl.float32)
+
+
+@triton.jit
+def add_to_softmax(softmax, scores, tiles, PRECISION: tl.constexpr):
+    """Adds a tile to a running softmax; `scores (N, L)` are logarithms to base 2."""
+    sums, maximum, total = softmax
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
     # A row that has seen nothing yet: any finite number does.
     reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-    weights, shrink = tl.exp2(scores - reference[None, :]), tl.exp2(maximum - reference)
-    total = total * shrink + tl.sum(weights, axis=0) if len(total.shape) == 1 else total * shrink[None, :] + weights
-    weights = weights.to(tiles[0].dtype)
+    weights, shrink = tl.exp2(scores - reference[:, None]), tl.exp2(maximum - reference)
+    total = total * shrink + tl.sum(weights, axis=1)
+    weights = tl.trans(weights.to(tiles[0].dtype))  # (L, N)
     new_sums = ()
     for chunk in tl.static_range(len(tiles)):
         shrunk = sums[chunk] * shrink[None, :]
@@ -86,28 +133,12 @@ def add_to_softmax(sums, maximum, total, scores, tiles, PRECISION: tl.constexpr)
 
 
 @triton.jit
-def empty_softmax(NUM_CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr, TOTALS: tl.constexpr):
-    """
-    Sums `(E, N)`, maximum `(N,)` and total of no slots.
-
-    The total `(TOTALS, N)` is not summed over the slots of a tile before the end: warps would have to wait for each
-    other. With 1 it is `(N,)`, where registers are short.
-    """
-    sums = ()
-    for _chunk in tl.static_range(NUM_CHUNKS):
-        sums = sums + (tl.zeros([CHUNK, BLOCK_ROWS], tl.float32),)  # noqa: RUF005
-    total = tl.zeros([BLOCK_ROWS], tl.float32) if TOTALS == 1 else tl.zeros([TOTALS, BLOCK_ROWS], tl.float32)
-    return sums, tl.full([BLOCK_ROWS], float("-inf"), tl.float32), total
-
-
-@triton.jit
-def store_part(partial_ptr, maxima_ptr, totals_ptr, sums, maximum, total, out_row, is_row):
+def store_part(partial_ptr, maxima_ptr, totals_ptr, softmax, out_row, is_row):
+    sums, maximum, total = softmax
     CHUNK: tl.constexpr = sums[0].shape[0]
     for chunk in tl.static_range(len(sums)):
         entry = chunk * CHUNK + tl.arange(0, CHUNK)
         address = partial_ptr + out_row[None, :] * (len(sums) * CHUNK) + entry[:, None]
         tl.store(address, sums[chunk], mask=is_row[None, :])
     tl.store(maxima_ptr + out_row, maximum, mask=is_row)
-    if len(total.shape) == 2:
-        total = tl.sum(total, axis=0)
     tl.store(totals_ptr + out_row, total, mask=is_row)

@@ -17,7 +17,7 @@ SMALL_SHAPES = {
     "rotated-many-rows": (1, 8, 2, 20, 16, 0, 8, 90, 40, False),
     "rotated-one-slot": (3, 4, 4, 1, 32, 0, 16, 1, 1, False),
     "decoupled": (2, 4, 2, 3, 64, 16, 8, 300, 6, True),
-    "rotated-wide": (2, 8, 2, 6, 96, 0, 8, 150, 9, True),  # 24 rows of a group, by the kernel for many
+    "rotated-some-rows": (2, 8, 2, 6, 96, 0, 8, 150, 9, True),  # 24 of a group
     "decoupled-chunks": (1, 4, 1, 10, 80, 24, 8, 100, 20, False),
     "decoupled-many-parts": (3, 2, 1, 1, 32, 32, 8, 1500, 0, True),
     "decoupled-more-drafted-than-held": (2, 4, 2, 3, 32, 16, 8, 20, 15, True),
@@ -107,6 +107,31 @@ def test_kernels_compute_the_definition_on_a_gpu_in_bfloat16(shape):
 @pytest.mark.parametrize("shape", [*SMALL_SHAPES.values(), BIG_SHAPES[6], BIG_SHAPES[-2], BIG_SHAPES[-1]], ids=str)
 def test_kernels_compute_the_definition_on_a_gpu_in_float16(shape):
     compare_with_kernels(shape, torch.float16, "cuda")
+
+
+def take_keys_for_64_rows(monkeypatch) -> None:
+    """As for caches of more than 16384 slots."""
+    from eagle3_mla.generation import latent_rotated_triton
+
+    monkeypatch.setattr(latent_rotated_triton, "LONG_CAPACITY", 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_keys_made_once_for_many_rows_of_a_long_text_in_the_interpreter(monkeypatch, is_padded):
+    pytest.importorskip("triton")
+    take_keys_for_64_rows(monkeypatch)
+    compare_with_kernels((2, 8, 2, 20, 48, 0, 8, 290, 40, is_padded), torch.float16, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 32, 8, 10, 256, 0, 128, 5000, 60, False), (3, 32, 8, 20, 128, 0, 64, 3000, 20, True)], ids=str
+)
+def test_keys_made_once_for_many_rows_of_a_long_text_on_a_gpu(monkeypatch, shape, dtype):
+    take_keys_for_64_rows(monkeypatch)
+    compare_with_kernels(shape, dtype, "cuda")
 
 
 @pytest.mark.gpu
