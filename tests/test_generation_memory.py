@@ -4,6 +4,7 @@ from itertools import accumulate
 
 import pytest
 import torch
+from reference_benchmarks import ROOT
 from reference_generation import TARGETS, VOCAB_SIZE, assert_same_generation, make_draft, make_prompts
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -14,7 +15,9 @@ from eagle3_mla.generation import caches
 from eagle3_mla.generation import memory as memories
 from eagle3_mla.generation.caches import SPARE_POSITIONS, PreallocatedLayer, cache_bytes, keep_path, new_draft_cache
 from eagle3_mla.generation.drafting import draft_tree
+from eagle3_mla.generation.fixed_cache import FixedCache
 from eagle3_mla.generation.memory import DraftMemory
+from eagle3_mla.generation.shelf import capacities
 from eagle3_mla.generation.support import TreePlan
 from eagle3_mla.modeling_eagle3_mla import FusedStates
 
@@ -246,3 +249,18 @@ def test_text_after_a_long_prompt_is_that_of_plain_generation(llama, settings, m
         draft = make_draft(llama)
         assert_same_generation(llama, draft, make_prompts(lengths), do_sample=True, **settings)
         assert sum(draft.speculation_stats.accepted_by_depth) > 0
+
+
+@pytest.mark.parametrize(
+    ("num_heads", "widths", "megabytes"), [(1, (256, 0), 100.7), (8, (128, 128), 805.6)], ids=["mla", "gqa"]
+)
+def test_captured_rounds_keep_128k_tokens_in_what_the_readme_says(num_heads, widths, megabytes):
+    """Shapes of the head of an 8B target, without memory behind them; trees of 60 nodes."""
+    num_tokens, tree_size = 131072, 61
+    like = new_draft_cache()
+    like.update(*(torch.zeros(1, num_heads, 4, width, dtype=torch.bfloat16, device="meta") for width in widths), 0)
+    capacity = next(each for each in capacities() if each >= num_tokens + 2 * tree_size)
+    assert FixedCache(like, capacity + tree_size).num_bytes / 1e6 == pytest.approx(megabytes, abs=0.05)
+    readme = (ROOT / "README.md").read_text()
+    assert f"{capacity:,}" in readme
+    assert f"{megabytes}" in readme
