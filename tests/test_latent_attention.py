@@ -224,7 +224,7 @@ def test_a_length_beyond_the_slots_is_their_number(shape):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
-@pytest.mark.parametrize("shape", ["rotated", "rotated-wide", "decoupled"])
+@pytest.mark.parametrize("shape", ["rotated", "rotated-some-rows", "decoupled"])
 def test_kernels_take_a_length_beyond_the_slots_as_the_definition_does(shape):
     pytest.importorskip("triton")
     from eagle3_mla.generation.latent_attention_triton import attend
