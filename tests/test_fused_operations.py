@@ -12,6 +12,8 @@ from transformers import (
     CohereForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     Phi3Config,
@@ -151,6 +153,7 @@ MORE_TARGETS = {
     "cohere": lambda: CohereForCausalLM(CohereConfig(**SHAPE)),
     "granite": lambda: GraniteForCausalLM(GraniteConfig(residual_multiplier=0.5, **SHAPE)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(partial_rotary_factor=0.5, **SHAPE)),
+    "gpt-oss": lambda: GptOssForCausalLM(GptOssConfig(num_local_experts=4, **SHAPE)),
 }
 
 
@@ -187,6 +190,7 @@ def calls(monkeypatch) -> list[str]:
         ("gemma3-window-8", 4, 4),
         ("cohere", 0, 4),  # neighbours are rotated against each other
         ("phi3", 0, 0),  # half of each head is rotated; gate and up are one projection
+        ("gpt-oss", 0, 0),  # the angles have half the width of a head
         ("gpt2", 0, 0),
     ],
 )
