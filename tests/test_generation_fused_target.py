@@ -156,6 +156,80 @@ def test_targets_with_windows_attend_to_trees_and_give_the_plain_text(name, wind
     assert len(windows) >= 4 * draft.speculation_stats.target_calls > 4
 
 
+@pytest.fixture
+def captured(monkeypatch) -> list[bool]:
+    """Whether each of the rounds that were captured is fused."""
+    seen, capture = [], fixed_rounds.FixedRounds.capture
+
+    def watched(rounds, fuses, compile_config):
+        capture(rounds, fuses, compile_config)
+        seen.append(fuses)
+
+    monkeypatch.setattr(fixed_rounds.FixedRounds, "capture", watched)
+    return seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [name for name in WINDOWED if name != "gpt-oss"])  # asks the device in fp32
+def test_captured_attention_to_trees_gives_the_plain_text(name, captured, monkeypatch):
+    """Where half precision would part the texts, the kernels are taken in fp32, too."""
+    monkeypatch.setattr(fixed_rounds.FixedRounds, "can_fuse", lambda rounds: True)
+    target = WINDOWED[name][0]().eval().cuda()
+    draft = set_tree(make_draft(target), 12, 3, 4).cuda()
+    for seed, prompt in enumerate([make_prompts([5], 2), make_prompts([20, 13, 4])]):
+        prompt = {name: tensor.cuda() for name, tensor in prompt.items()}
+        assert_same_tokens(target, draft, prompt, seed, do_sample=bool(seed))
+    assert captured == [True, True]
+
+
+def assert_same_tokens(target, draft, prompt: dict, seed: int, **settings) -> None:
+    """Without scores, so that the device may choose."""
+    texts = []
+    for assistant in None, draft:
+        torch.manual_seed(seed)
+        outputs = target.generate(**prompt, max_new_tokens=20, assistant_model=assistant, **settings)
+        texts.append(outputs.tolist())
+    assert texts[0] == texts[1]
+
+
+# Of so few experts rounding chooses others now and then.
+HALF_PRECISION = [name for name in WINDOWED if name != "phimoe"]
+
+
+@pytest.mark.parametrize("name", HALF_PRECISION)
+def test_targets_with_windows_may_have_all_fused_operations_in_half_precision(name, windows, monkeypatch):
+    target, verify = WINDOWED[name][0]().eval().bfloat16(), fixed_rounds.FixedRounds.verify
+    draft = set_tree(make_draft(target), 12, 3, 4).bfloat16()
+    draft.generation_config.fixed_shapes = True
+
+    def fused(rounds):
+        rounds.fuses = rounds.can_fuse()
+        with fused_target.fused_operations(target, draft):
+            return verify(rounds)
+
+    monkeypatch.setattr(fixed_rounds.FixedRounds, "verify", fused)
+    assert rounding_error(target, draft, make_prompts([20])["input_ids"]) <= 0.04
+    assert set(windows) == WINDOWED[name][1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", HALF_PRECISION)
+def test_targets_with_windows_are_captured_with_all_fused_operations_in_half_precision(name, captured):
+    target = WINDOWED[name][0]().eval().cuda().bfloat16()
+    draft = set_tree(make_draft(target), 12, 3, 4).cuda().bfloat16()
+    assert rounding_error(target, draft, make_prompts([20])["input_ids"].cuda()) <= 0.04
+    assert captured == [True]
+
+
+@torch.no_grad()
+def rounding_error(target, draft, input_ids: torch.Tensor) -> float:
+    """Of the logits with which a text was generated, against one forward over all of it: a share of their size."""
+    settings = {"max_new_tokens": 40, "output_logits": True, "return_dict_in_generate": True, "do_sample": False}
+    outputs = target.generate(input_ids, assistant_model=draft, **settings)
+    expected = target(outputs.sequences[:, :-1]).logits[0, input_ids.shape[1] - 1 :]
+    return float((torch.cat(outputs.logits) - expected).norm() / expected.norm())
+
+
 @torch.no_grad()
 def test_attention_with_another_window_or_mask_than_the_given_ones_is_refused():
     """A graph would be another function than the target: its own attention is captured instead."""
