@@ -21,6 +21,8 @@ from transformers import (
     GPTJForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     Olmo3Config,
     Olmo3ForCausalLM,
     Phi3Config,
@@ -252,6 +254,17 @@ def test_attention_with_another_window_or_mask_than_the_given_ones_is_refused():
         for mask in None, torch.zeros(1, 1, 1, 7):
             with pytest.raises(NotImplementedError, match="a mask of width"):
                 fused_target.attend_to_tree(target, *[states] * 3, mask)
+
+
+def test_attention_in_chunks_stays_out_of_captured_rounds(windows, caplog):
+    """A chunk begins where it begins, whatever the query: no window says that."""
+    fields = {"attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 64}
+    target = Llama4ForCausalLM(Llama4TextConfig(**fields, **SHAPE)).eval()
+    draft = set_tree(make_draft(target), 12, 3, 4)
+    draft.generation_config.fixed_shapes = True
+    assert_same_generation(target, draft, make_prompts([20]), do_sample=False)
+    assert windows == []
+    assert "its layers are of the types ['chunked_attention', 'full_attention']" in caplog.text
 
 
 def test_another_version_of_the_package_has_its_own_attention():
