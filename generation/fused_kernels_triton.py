@@ -278,25 +278,27 @@ def _write_kernel(
         tl.store(target, tl.load(source + column * value_column, mask=is_value), mask=is_value)
 
 
-def normalise(states: Tensor, weight: Tensor, eps: float, rounds_first: bool) -> Tensor:
+def normalise(states: Tensor, weight: Tensor, eps: float, rounds_first: bool, adds_one: bool) -> Tensor:
     """See `normalise_by_definition`."""
     states = states.contiguous()
     normed = torch.empty_like(states)
-    _launch_norm(None, states, weight, states, normed, eps, rounds_first)
+    _launch_norm(None, states, weight, states, normed, eps, rounds_first, adds_one)
     return normed
 
 
 def add_and_normalise(
-    residual: Tensor, states: Tensor, weight: Tensor, eps: float, rounds_first: bool
+    residual: Tensor, states: Tensor, weight: Tensor, eps: float, rounds_first: bool, adds_one: bool
 ) -> tuple[Tensor, Tensor]:
     """See `add_and_normalise_by_definition`."""
     residual, states = residual.contiguous(), states.contiguous()
     sums, normed = torch.empty_like(residual), torch.empty_like(residual)
-    _launch_norm(residual, states, weight, sums, normed, eps, rounds_first)
+    _launch_norm(residual, states, weight, sums, normed, eps, rounds_first, adds_one)
     return sums, normed
 
 
-def _launch_norm(residual: Tensor | None, states, weight, sums, normed, eps: float, rounds_first: bool) -> None:
+def _launch_norm(
+    residual: Tensor | None, states, weight, sums, normed, eps: float, rounds_first: bool, adds_one: bool
+) -> None:
     width = states.shape[-1]
     num_rows, block = states.numel() // width, triton.next_power_of_2(width)
     block_rows = max(1, BLOCK_NORM // block)
@@ -312,6 +314,7 @@ def _launch_norm(residual: Tensor | None, states, weight, sums, normed, eps: flo
             width,
             HAS_RESIDUAL=residual is not None,
             ROUNDS_FIRST=rounds_first,
+            ADDS_ONE=adds_one,
             BLOCK_ROWS=block_rows,
             BLOCK=block,
             num_warps=8 if block > 2048 else 4,
@@ -330,6 +333,7 @@ def _norm_kernel(
     width,
     HAS_RESIDUAL: tl.constexpr,
     ROUNDS_FIRST: tl.constexpr,
+    ADDS_ONE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -338,6 +342,8 @@ def _norm_kernel(
     place, is_needed = row * width + column, (row < num_rows) & (column < width)
     states = tl.load(states_ptr + place, mask=is_needed, other=0.0)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    if ADDS_ONE:
+        weight += 1
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + place, mask=is_needed, other=0.0)
         states = (residual.to(tl.float32) + states.to(tl.float32)).to(states.dtype)

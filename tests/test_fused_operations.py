@@ -25,7 +25,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from eagle3_mla.generation import fused_mlp, fused_residual, fused_rope, slot_writing
 from eagle3_mla.generation.fused_mlp import ACTIVATIONS, activation_of, fused_mlps, gate_by_definition
-from eagle3_mla.generation.fused_norm import fused_norms, normalise_by_definition, usual_norm
+from eagle3_mla.generation.fused_norm import FORMS, fused_norms, normalise_by_definition, usual_norm
 from eagle3_mla.generation.fused_residual import add_and_normalise_by_definition, fused_residuals
 from eagle3_mla.generation.fused_rope import fused_draft_rope, is_usual_rope, rotate_by_definition
 from eagle3_mla.generation.fused_target import fused_operations
@@ -317,48 +317,46 @@ def test_calls_of_another_kind_get_the_original(changes):
     assert taken == ["original"]
 
 
-def compare_norms(shape, rounds_first: bool, dtype: torch.dtype, device: str) -> None:
+def compare_norms(shape, form: tuple[bool, bool], dtype: torch.dtype, device: str) -> None:
     """Sums bit for bit; norms but for the order of a sum, which seldom reaches a rounding."""
     from eagle3_mla.generation.fused_kernels_triton import add_and_normalise, normalise
 
     residual, states = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     weight = torch.randn(shape[-1], device=device).to(dtype)
-    sums, normed = add_and_normalise(residual, states, weight, 1e-5, rounds_first)
+    sums, normed = add_and_normalise(residual, states, weight, 1e-5, *form)
     assert torch.equal(sums, residual + states)
-    alone = normalise(sums, weight, 1e-5, rounds_first)
+    alone = normalise(sums, weight, 1e-5, *form)
     assert torch.equal(alone, normed)
-    expected = normalise_by_definition(sums, weight, 1e-5, rounds_first)
+    expected = normalise_by_definition(sums, weight, 1e-5, *form)
     torch.testing.assert_close(normed.float(), expected.float(), rtol=2 * torch.finfo(dtype).eps, atol=0)
     assert (normed != expected).float().mean() <= 2e-3
 
 
 @in_interpreter
-@pytest.mark.parametrize("rounds_first", [True, False])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 64), (1, 1, 100), (1, 5, 2300), (3, 7, 16)], ids=str)
-def test_sums_and_norms_equal_their_definition_in_the_interpreter(shape, rounds_first):
+def test_sums_and_norms_equal_their_definition_in_the_interpreter(shape, form):
     pytest.importorskip("triton")
-    compare_norms(shape, rounds_first, torch.float16, "cpu")
+    compare_norms(shape, form, torch.float16, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rounds_first", [True, False])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 61, 4096), (4, 61, 2048), (2, 7, 2880), (1, 61, 32, 128)], ids=str)
-def test_sums_and_norms_equal_their_definition_on_a_gpu(shape, rounds_first, dtype):
-    compare_norms(shape, rounds_first, dtype, "cuda")
+def test_sums_and_norms_equal_their_definition_on_a_gpu(shape, form, dtype):
+    compare_norms(shape, form, dtype, "cuda")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rounds_first", [True, False])
-def test_form_of_a_norm_is_found_out(rounds_first):
-    kind = LlamaRMSNorm if rounds_first else nn.RMSNorm
+@pytest.mark.parametrize(("kind", "form"), list(zip([LlamaRMSNorm, nn.RMSNorm, GemmaRMSNorm], FORMS, strict=True)))
+def test_form_of_a_norm_is_found_out(kind, form):
     norm = kind(64, eps=1e-5).bfloat16()
     norm.weight.copy_(torch.rand(64) + 0.5)
-    assert usual_norm(norm).rounds_first == rounds_first
+    assert (usual_norm(norm).rounds_first, usual_norm(norm).adds_one) == form
     states = torch.randn(3, 5, 64).bfloat16()
     assert (usual_norm(norm)(states) != norm(states)).float().mean() <= 2e-3
     assert usual_norm(norm.float()) is None
-    assert usual_norm(GemmaRMSNorm(64).bfloat16()) is None
 
 
 def compare_angles(device: str, dtype: torch.dtype) -> None:
@@ -391,8 +389,8 @@ def test_angles_equal_those_of_the_draft_on_a_gpu(dtype):
         ("qwen3", 7),
         ("mistral-window-8", 7),
         ("granite", 0),  # what is added is scaled
-        ("gemma", 0),
-        ("gemma3-window-8", 0),
+        ("gemma", 7),
+        ("gemma3-window-8", 0),  # what is added has been normalised
         ("cohere", 0),  # attention and MLP read the same states
         ("phi3", 0),
         ("gpt2", 0),
