@@ -49,6 +49,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
             num_groups,
             num_query_blocks,
             HALF=width // 2,
+            SECOND=cos.shape[-1] - width // 2,
             BLOCK_HALF=triton.next_power_of_2(width // 2),
             BLOCK=BLOCK_HEADS,
             num_warps=2,
@@ -89,6 +90,7 @@ def _rotate_kernel(
     num_groups,
     num_query_blocks,
     HALF: tl.constexpr,
+    SECOND: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -98,9 +100,9 @@ def _rotate_kernel(
     sin_ptr += batch * sin_batch + position * sin_position
     is_column = column < HALF
     first_cos = tl.load(cos_ptr + column * cos_column, mask=is_column, other=0.0)
-    second_cos = tl.load(cos_ptr + (HALF + column) * cos_column, mask=is_column, other=0.0)
+    second_cos = tl.load(cos_ptr + (SECOND + column) * cos_column, mask=is_column, other=0.0)
     first_sin = tl.load(sin_ptr + column * sin_column, mask=is_column, other=0.0)
-    second_sin = tl.load(sin_ptr + (HALF + column) * sin_column, mask=is_column, other=0.0)
+    second_sin = tl.load(sin_ptr + (SECOND + column) * sin_column, mask=is_column, other=0.0)
     if block < num_query_blocks:
         head = block * BLOCK + tl.arange(0, BLOCK)
         _rotate_heads(

@@ -20,6 +20,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -27,7 +28,7 @@ from eagle3_mla.generation import fused_mlp, fused_residual, fused_rope, slot_wr
 from eagle3_mla.generation.fused_mlp import ACTIVATIONS, activation_of, fused_mlps, gate_by_definition
 from eagle3_mla.generation.fused_norm import FORMS, fused_norms, normalise_by_definition, usual_norm
 from eagle3_mla.generation.fused_residual import add_and_normalise_by_definition, fused_residuals
-from eagle3_mla.generation.fused_rope import fused_draft_rope, is_usual_rope, rotate_by_definition
+from eagle3_mla.generation.fused_rope import columns_per_angle, fused_draft_rope, rotate_by_definition
 from eagle3_mla.generation.fused_target import fused_operations
 from eagle3_mla.generation.slot_writing import write_by_definition
 
@@ -57,6 +58,9 @@ def compare_rotation(shape, dtype: torch.dtype, device: str) -> None:
 
     heads = random_heads(shape, dtype, device)
     for found, expected in zip(rotate(*heads), rotate_by_definition(*heads), strict=True):
+        assert torch.equal(found, expected)
+    halves = *heads[:2], *(angles[..., : angles.shape[-1] // 2] for angles in heads[2:])
+    for found, expected in zip(rotate(*halves), rotate_by_definition(*halves), strict=True):
         assert torch.equal(found, expected)
     alone = rotate(heads[0], heads[0][:, :0], *heads[2:])
     assert torch.equal(alone[0], rotate_by_definition(*heads)[0])
@@ -190,7 +194,7 @@ def calls(monkeypatch) -> list[str]:
         ("gemma3-window-8", 4, 4),
         ("cohere", 0, 4),  # neighbours are rotated against each other
         ("phi3", 0, 0),  # half of each head is rotated; gate and up are one projection
-        ("gpt-oss", 0, 0),  # the angles have half the width of a head
+        ("gpt-oss", 4, 0),  # with one angle for both halves of a head; experts are no gated MLP
         ("gpt2", 0, 0),
     ],
 )
@@ -287,12 +291,19 @@ def queries_alone(q, k, cos, sin):
 
 
 @pytest.mark.parametrize(
-    ("function", "is_usual"),
-    [(usual, True), (other_names, False), (needs_more, False), (other_way_round, False), (queries_alone, False)],
+    ("function", "num_columns"),
+    [
+        (usual, 1),
+        (modeling_gpt_oss.apply_rotary_pos_emb, 2),
+        (other_names, None),
+        (needs_more, None),
+        (other_way_round, None),
+        (queries_alone, None),
+    ],
 )
-def test_rotation_is_tried_before_it_is_replaced(function, is_usual):
-    assert is_usual_rope(function, torch.device("cpu"), torch.bfloat16) == is_usual
-    assert not is_usual_rope(function, torch.device("cpu"), torch.float32)
+def test_rotation_is_tried_before_it_is_replaced(function, num_columns):
+    assert columns_per_angle(function, torch.device("cpu"), torch.bfloat16) == num_columns
+    assert columns_per_angle(function, torch.device("cpu"), torch.float32) is None
 
 
 @pytest.mark.parametrize(
@@ -308,7 +319,7 @@ def test_rotation_is_tried_before_it_is_replaced(function, is_usual):
 )
 def test_calls_of_another_kind_get_the_original(changes):
     taken = []
-    apply = fused_rope.rope_of_this_thread(lambda *arguments, **settings: taken.append("original"))
+    apply = fused_rope.rope_of_this_thread(lambda *arguments, **settings: taken.append("original"), num_columns=1)
     heads = torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16)
     inputs = {"q": heads, "k": heads, "cos": heads[:, 0], "sin": heads[:, 0]}
     apply(**inputs)
