@@ -12,21 +12,16 @@ share the sources, and the same command without it then makes the table.
 """
 
 import argparse
-import json
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from harness import write_table
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trees import Notebook, generate, set_shape
+from held_out import CHAIN, Notebook, generate, load_models, make_parser, read_chats, request_of, set_shape
+from transformers import AutoTokenizer
 
 from eagle3_mla.evaluation.prompts import choose_evenly, render
-from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
-from eagle3_mla.training.release import code_commit
 
-CHAIN = (7, 1, 7)
 WINDOWS = (None, 1024, 512, 256, 64)  # None: off
 HELD_OUT = "held-out"
 
@@ -51,15 +46,6 @@ class Tally:
     @property
     def acceptance_length(self) -> float:
         return self.num_tokens / self.num_rounds
-
-
-def read_chats(path: Path) -> dict[str, list[list[dict]]]:
-    """The conversations of each source, each up to its last answer."""
-    chats = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        chats[row.get("source", "prompts")].append(row.get("conversations") or row["messages"])
-    return chats
 
 
 def held_out(chats: list[list[dict]], tokenizer, num_prompts: int) -> list[torch.Tensor]:
@@ -147,18 +133,12 @@ def table_row(kind: str, window: int | None, tallies: list[Tally]) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True)
-    parser.add_argument("--draft", required=True)
-    parser.add_argument("--prompts", required=True, type=Path, help="JSONL of held-out conversations")
-    parser.add_argument("--num-samples", type=int, default=40, help="held-out prompts of each source")
+    parser = make_parser(__doc__, "benchmarks/results/draft_window.md", num_samples=40, max_new_tokens=128)
     parser.add_argument("--joined", type=int, nargs="*", default=[800, 3800], help="tokens of the joined prompts")
     parser.add_argument("--num-joined", type=int, default=8, help="joined prompts of each source and length")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--only", nargs="+", help="measure these sources and make no table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work-dir", type=Path, default=Path("outputs/draft_window"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/draft_window.md"))
     return parser.parse_args()
 
 
@@ -177,14 +157,11 @@ def make_prompts(chats: dict[str, list[list[dict]]], tokenizer, arguments: argpa
 
 def main() -> None:
     arguments = parse_arguments()
-    varying = ("work_dir", "output", "only")
-    request = {name: str(value) for name, value in vars(arguments).items() if name not in varying}
-    request["commit"] = code_commit()
+    request = request_of(arguments, "only")
     chats = read_chats(arguments.prompts)
     chats = {source: rows for source, rows in chats.items() if source in (arguments.only or chats)}
     notebooks = {source: Notebook(arguments.work_dir / f"{source}.json", request) for source in chats}
-    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=torch.float32).to(arguments.device).eval()
-    draft = Eagle3MLADraftModel.from_pretrained(arguments.draft, dtype=torch.float32).to(arguments.device).eval()
+    target, draft = load_models(arguments, arguments.device)
     set_shape(draft, CHAIN)
     prompts = make_prompts(chats, AutoTokenizer.from_pretrained(arguments.target), arguments)
     benchmark, rows = Benchmark(target, draft, prompts, notebooks, arguments.max_new_tokens), []

@@ -14,22 +14,20 @@ cost differs a little and does not enter the rest. Trees have nothing to be comp
     python benchmarks/host_share.py --target <target> --draft <head> --prompts <held-out.jsonl>
 """
 
-import argparse
 import time
 from dataclasses import dataclass, field
 from itertools import accumulate
-from pathlib import Path
 from unittest.mock import patch
 
 import torch
 from harness import write_table
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
-from trees import Shape, read_prompts, set_shape
+from held_out import CHAIN, Shape, load_models, make_parser, read_prompts, set_shape
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from eagle3_mla.generation import decoder
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
 
-CHAIN, TREE = (7, 1, 7), (60, 10, 7)
+TREE = (60, 10, 7)
 OURS, THEIRS, OUR_TREE = "ours, chain of 7", "transformers, the same chains", "ours, tree of 60"
 # The tokens that the head proposed in a round, by the length of the text that it continued.
 Script = dict[int, list[int]]
@@ -196,17 +194,10 @@ def table_row(name: str, seconds: Seconds) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True)
-    parser.add_argument("--draft", required=True)
-    parser.add_argument("--prompts", required=True, type=Path, help="JSONL of held-out conversations")
-    parser.add_argument("--num-samples", type=int, default=2, help="prompts of each source")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser = make_parser(__doc__, "benchmarks/results/host_share.md", num_samples=2, max_new_tokens=128)
     parser.add_argument("--repeats", type=int, default=5, help="calls of each loop for each prompt")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/host_share.md"))
     arguments = parser.parse_args()
-    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=torch.float32).eval()
-    draft = Eagle3MLADraftModel.from_pretrained(arguments.draft, dtype=torch.float32).eval()
+    target, draft = load_models(arguments)
     tokenizer = AutoTokenizer.from_pretrained(arguments.target)
     by_source = read_prompts(arguments.prompts, tokenizer, arguments.num_samples)
     prompts = [input_ids for rows in by_source.values() for input_ids in rows]

@@ -3,6 +3,7 @@
 A way is one of `WAYS`; the keys are what tables and command lines say.
 """
 
+import argparse
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,18 @@ class TreeShape:
     num_nodes: int = 60
     top_k: int = 10
     depth: int = 8
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What all of them are told: the trees of our ways, and for how long to measure."""
+    parser.add_argument("--num-nodes", type=int, default=TreeShape.num_nodes)
+    parser.add_argument("--top-k", type=int, default=TreeShape.top_k)
+    parser.add_argument("--depth", type=int, default=TreeShape.depth)
+    parser.add_argument("--time-limit", type=float, default=200.0, help="seconds after which no further row begins")
+
+
+def tree_of(arguments: argparse.Namespace) -> TreeShape:
+    return TreeShape(arguments.num_nodes, arguments.top_k, arguments.depth)
 
 
 def set_way(draft: Eagle3MLADraftModel, way: str, tree: TreeShape) -> None:

@@ -37,6 +37,7 @@ from pairs import (
     PLAIN_STATIC,
     WAYS,
     TreeShape,
+    add_arguments,
     check_captured,
     context_bytes,
     forget_compiled,
@@ -44,6 +45,7 @@ from pairs import (
     set_way,
     step_bytes,
     target_bytes,
+    tree_of,
 )
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -291,10 +293,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--attention-type", choices=("mla", "gqa"), default="mla", help="of the head")
     parser.add_argument("--mla-rope-dim", type=int, default=0)
     parser.add_argument("--max-new-tokens", type=int, default=48, help="of a long call; a short one has a quarter")
-    parser.add_argument("--num-nodes", type=int, default=TreeShape.num_nodes)
-    parser.add_argument("--top-k", type=int, default=TreeShape.top_k)
-    parser.add_argument("--depth", type=int, default=TreeShape.depth)
-    parser.add_argument("--time-limit", type=float, default=200.0, help="seconds after which no further row begins")
+    add_arguments(parser)
     parser.add_argument("--small", action="store_true", help="tiny models in fp32 on the CPU")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/rounds_HEAD.md")
     return parser.parse_args()
@@ -309,7 +308,7 @@ def main() -> None:
     bandwidth = copy_bandwidth(2**24 if arguments.small else 2**31, device)
     target = make_llama(shapes["target"], dtype, device)
     assistant = make_assistant(shapes["assistant"], target) if ASSISTED in arguments.ways else None
-    tree = TreeShape(arguments.num_nodes, arguments.top_k, arguments.depth)
+    tree = tree_of(arguments)
     rope = f"-r{arguments.mla_rope_dim}" if arguments.mla_rope_dim else ""
     head = f"{arguments.attention_type}{rope}"
     output = arguments.output or Path(f"benchmarks/results/rounds_{head}.md")

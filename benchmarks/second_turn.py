@@ -17,15 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from draft_window import CHAIN, Tally, read_chats
+from draft_window import Tally
 from harness import write_table
+from held_out import CHAIN, Notebook, Shape, load_models, make_parser, read_chats, request_of, set_shape
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, Cache, DynamicCache
-from trees import Notebook, Shape, set_shape
+from transformers import AutoTokenizer, Cache, DynamicCache
 
 from eagle3_mla.evaluation.prompts import choose_evenly, render
-from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
-from eagle3_mla.training.release import code_commit
 
 TREE = (16, 4, 7)
 TURNS = FIRST, ANEW, REMEMBERED, FORGOTTEN = "first", "second, anew", "second, remembered", "second, forgotten"
@@ -143,30 +141,21 @@ def table_row(labels: list[str], tallies: list[Tally]) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True)
-    parser.add_argument("--draft", required=True)
-    parser.add_argument("--prompts", required=True, type=Path, help="JSONL of held-out conversations")
-    parser.add_argument("--num-samples", type=int, default=12, help="chats of each source")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="of each turn")
+    parser = make_parser(__doc__, "benchmarks/results/second_turn.md", num_samples=12, max_new_tokens=64)
     parser.add_argument("--again", action="store_true", help="also ask the first question once more, with chains")
     parser.add_argument("--only", nargs="+", help="measure these sources and make no table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--work-dir", type=Path, default=Path("outputs/second_turn"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/second_turn.md"))
     return parser.parse_args()
 
 
 def main() -> None:
     arguments = parse_arguments()
-    varying = ("work_dir", "output", "only", "again")
-    request = {name: str(value) for name, value in vars(arguments).items() if name not in varying}
-    request["commit"] = code_commit()
+    request = request_of(arguments, "only", "again")
     rows = read_chats(arguments.prompts)
     rows = {source: chats for source, chats in rows.items() if source in (arguments.only or rows)}
     notebooks = {source: Notebook(arguments.work_dir / f"{source}.json", request) for source in rows}
-    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=torch.float32).to(arguments.device).eval()
-    draft = Eagle3MLADraftModel.from_pretrained(arguments.draft, dtype=torch.float32).to(arguments.device).eval()
+    target, draft = load_models(arguments, arguments.device)
     tokenizer = AutoTokenizer.from_pretrained(arguments.target)
     chats = {
         source: make_chats(each, tokenizer, arguments.num_samples, arguments.device) for source, each in rows.items()

@@ -21,11 +21,11 @@ import time
 import traceback
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from statistics import mean
 
 import torch
 from harness import BYTES_PER_GB, copy_bandwidth, wait, write_table
+from held_out import load_models, make_parser, read_prompts
 from pairs import (
     COMPILED,
     OURS,
@@ -37,12 +37,13 @@ from pairs import (
     PLAIN_STATIC,
     WAYS,
     TreeShape,
+    add_arguments,
     check_captured,
     forget_compiled,
     set_way,
+    tree_of,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
-from trees import read_prompts
+from transformers import AutoTokenizer, LlamaConfig, PreTrainedModel
 from twin import TwinShape, widen_draft, widen_target
 
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
@@ -238,36 +239,26 @@ def small_shape(config: LlamaConfig) -> TwinShape:
 
 def load_pair(arguments: argparse.Namespace, tokenizer) -> Pair:
     device, dtype = ("cpu", torch.float32) if arguments.small else ("cuda", torch.bfloat16)
-    small = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=torch.float32).eval()
+    small, small_draft = load_models(arguments)
     shape = small_shape(small.config) if arguments.small else TwinShape()
     target = widen_target(small, shape, dtype, device)
-    small_draft = Eagle3MLADraftModel.from_pretrained(arguments.draft, dtype=torch.float32).eval()
     if arguments.random_head:
         small_draft = Eagle3MLADraftModel(small_draft.config).eval()
     draft = widen_draft(small_draft, target.config, dtype=dtype, device=device)
-    tree = TreeShape(arguments.num_nodes, arguments.top_k, arguments.depth)
+    tree = tree_of(arguments)
     return Pair(target, draft, tree, arguments.max_new_tokens, tokenizer.pad_token_id)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True, help="the small target, a Llama")
-    parser.add_argument("--draft", required=True, help="its head")
-    parser.add_argument("--prompts", required=True, type=Path, help="JSONL of held-out conversations")
+    parser = make_parser(__doc__, "benchmarks/results/speedup.md", num_samples=2, max_new_tokens=256)
     default_ways = [PLAIN_STATIC, OURS_CAPTURED, OURS_ADAPTIVE, OURS_COMPILED]
     parser.add_argument("--ways", nargs="+", choices=TRIED, default=default_ways)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
-    parser.add_argument("--num-samples", type=int, default=2, help="prompts of each source; at least one full batch")
     # With 256 new tokens and a tree of 60 nodes our buffers need not grow on the way, which would compile them anew.
     parser.add_argument("--prompt-length", type=int, default=400, help="longer prompts are left out")
-    parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--num-nodes", type=int, default=TreeShape.num_nodes)
-    parser.add_argument("--top-k", type=int, default=TreeShape.top_k)
-    parser.add_argument("--depth", type=int, default=TreeShape.depth)
-    parser.add_argument("--time-limit", type=float, default=200.0, help="seconds after which no further row begins")
+    add_arguments(parser)
     parser.add_argument("--random-head", action="store_true", help="a head that knows nothing of the target")
     parser.add_argument("--small", action="store_true", help="a small twin in fp32 on the CPU")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speedup.md"))
     return parser.parse_args()
 
 
@@ -289,6 +280,15 @@ def fitting_prompts(arguments: argparse.Namespace, tokenizer) -> dict[str, list[
     return fitting
 
 
+def describe(arguments: argparse.Namespace, tree: TreeShape, bandwidth: float) -> str:
+    """How the table was made."""
+    settings = f"Trees of {tree.num_nodes} nodes, top-{tree.top_k}, depth {tree.depth}"
+    settings += ", a head with random weights" if arguments.random_head else ""
+    settings += f"; prompts padded to {arguments.prompt_length} tokens, at most {arguments.max_new_tokens} new ones"
+    what = __doc__.split("    python")[0].strip()
+    return f"{what}\n\n{settings}; measured bandwidth {bandwidth / BYTES_PER_GB:.0f} GB/s."
+
+
 @torch.no_grad()
 def main() -> None:
     began, arguments = time.perf_counter(), parse_arguments()
@@ -298,12 +298,7 @@ def main() -> None:
     pair = load_pair(arguments, tokenizer)
     bandwidth = copy_bandwidth(2**24 if arguments.small else 2**31, str(pair.target.device))
     columns = ["way", "batch", "tokens/s", "ratio", "acceptance length", *prompts, "equal texts"]
-    settings = f"Trees of {pair.tree.num_nodes} nodes, top-{pair.tree.top_k}, depth {pair.tree.depth}"
-    settings += ", a head with random weights" if arguments.random_head else ""
-    note = (
-        f"{__doc__.split('    python')[0].strip()}\n\n{settings}; prompts padded to {arguments.prompt_length} tokens,"
-    )
-    note += f" at most {arguments.max_new_tokens} new ones; measured bandwidth {bandwidth / BYTES_PER_GB:.0f} GB/s."
+    note = describe(arguments, pair.tree, bandwidth)
     found: dict[int, dict[str, Tallies]] = defaultdict(dict)
     rows: dict[tuple[int, str], list[list[str]]] = {}
     for batch_size, way in jobs_of(arguments.ways, arguments.batch_sizes):

@@ -74,9 +74,9 @@ def make_layers(case: Case) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tens
 
 def ours(case: Case) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     lengths = torch.full((case.batch_size,), case.length, device="cuda")
-    first, scaling = torch.zeros_like(lengths), HEAD_DIM**-0.5
+    first_slots, scaling = torch.zeros_like(lengths), HEAD_DIM**-0.5
     attends, depths = random_tree(case.batch_size)
-    arguments = lengths, first, attends, depths, scaling, case.window
+    arguments = lengths, first_slots, attends, depths, scaling, case.window
     return lambda query, keys, values: attend_tree(query, keys, values, *arguments)
 
 

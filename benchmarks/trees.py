@@ -11,9 +11,6 @@ what EAGLE's code drafts for `total_tokens=60, depth=7, top_k=10`. Nodes are dra
 What is measured is kept in --work-dir, source by source, and not measured again by the same command.
 """
 
-import argparse
-import json
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +19,12 @@ from unittest.mock import patch
 import torch
 from eagle2 import TreeSize, replay
 from harness import write_table
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from held_out import Notebook, Shape, generate, load_models, make_parser, read_prompts, request_of, set_shape
+from transformers import AutoTokenizer
 
 from eagle3_mla.evaluation.measure import sum_by_depth
 from eagle3_mla.generation import decoder
-from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
-from eagle3_mla.training.files import replace_file
-from eagle3_mla.training.release import code_commit
 
-Shape = tuple[int, int, int]  # nodes, top-k, depth
 SHAPES = [(7, 1, 7), (16, 4, 7), (32, 8, 7), (60, 10, 7), (59, 10, 8)]
 REFERENCE_SHAPES = [(60, 10, 7), (59, 10, 8)]
 GREEDY, COUPLED, BLIND = "greedy", "T = 1, noise-coupled", "T = 1, noise-blind"
@@ -59,67 +53,12 @@ class Tally:
         return sum(self.lengths) / len(self.lengths)
 
 
-def read_prompts(path: Path, tokenizer, num_samples: int) -> dict[str, list[torch.Tensor]]:
-    """At most `num_samples` prompts of each source, `(1, T)` each, cut before their last answer."""
-    prompts = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        chat = row.get("conversations") or row["messages"]
-        if len(prompts[row.get("source", "prompts")]) < num_samples:
-            ids = tokenizer.apply_chat_template(
-                chat[:-1], add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )["input_ids"]
-            prompts[row.get("source", "prompts")].append(ids)
-    return prompts
-
-
-def set_shape(draft, shape: Shape) -> None:
-    names = ("num_assistant_tokens", "assistant_tree_top_k", "assistant_tree_depth")
-    for name, value in zip(names, shape, strict=True):
-        setattr(draft.generation_config, name, value)
-
-
 def ignore_noise(*arguments):
     """`draft_tree` without the last of its arguments, the noise."""
     return draft_tree(*arguments[:-1], None)
 
 
 draft_tree = decoder.draft_tree
-
-
-def generate(target, input_ids: torch.Tensor, do_sample: bool, max_new_tokens: int, draft=None) -> list[int]:
-    torch.manual_seed(0)
-    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0} if do_sample else {"do_sample": False}
-    inputs = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
-    return target.generate(**inputs, **sampling, max_new_tokens=max_new_tokens, assistant_model=draft)[0].tolist()
-
-
-class Notebook:
-    """
-    Results that were measured already, in a file that is complete after each of them.
-
-    Args:
-        path (`Path`): The file.
-        request (`dict`): What all results depend on.
-
-    Raises:
-        RuntimeError: If the file was begun for another request: a table would then not say how it was made.
-    """
-
-    def __init__(self, path: Path, request: dict):
-        self.path = path
-        self.content = json.loads(path.read_text()) if path.exists() else {"request": request, "results": {}}
-        if self.content["request"] != request:
-            raise RuntimeError(f"{path} was begun for {self.content['request']}. Give another --work-dir.")
-
-    def recall(self, name: str, measure: Callable):
-        """The result of that name, measured if there is none yet."""
-        results = self.content["results"]
-        if name not in results:
-            results[name] = measure()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            replace_file(self.path, json.dumps(self.content))
-        return results[name]
 
 
 @dataclass(frozen=True)
@@ -192,19 +131,11 @@ def table_row(mode: str, shape: Shape, tallies: list[Tally]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", required=True)
-    parser.add_argument("--draft", required=True)
-    parser.add_argument("--prompts", required=True, type=Path, help="JSONL of held-out conversations")
-    parser.add_argument("--num-samples", type=int, default=40, help="prompts of each source")
-    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser = make_parser(__doc__, "benchmarks/results/trees.md", num_samples=40, max_new_tokens=128)
     parser.add_argument("--work-dir", type=Path, default=Path("outputs/trees"))
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/trees.md"))
     arguments = parser.parse_args()
-    request = {name: str(value) for name, value in vars(arguments).items() if name not in ("work_dir", "output")}
-    notebook = Notebook(arguments.work_dir / "results.json", request | {"commit": code_commit()})
-    target = AutoModelForCausalLM.from_pretrained(arguments.target, dtype=torch.float32).eval()
-    draft = Eagle3MLADraftModel.from_pretrained(arguments.draft, dtype=torch.float32).eval()
+    notebook = Notebook(arguments.work_dir / "results.json", request_of(arguments))
+    target, draft = load_models(arguments)
     prompts = read_prompts(arguments.prompts, AutoTokenizer.from_pretrained(arguments.target), arguments.num_samples)
     benchmark, rows = Benchmark(target, draft, prompts, arguments.max_new_tokens, notebook), []
     columns = ["decoding", "nodes", "top-k", "depth", "acceptance length", "by depth", *prompts, "equal texts"]

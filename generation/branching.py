@@ -60,12 +60,16 @@ def tree_masks(
 ) -> Tensor | dict[str, Tensor]:
     """One mask `(B, 1, N, K)`, or one for each of the target's layer types."""
     config = target.config.get_text_config(decoder=True)
-    layer_types = getattr(config, "layer_types", None) or ["the only one"]
-    masks = {}
-    for kind in dict.fromkeys(layer_types):
-        layer = cache.layers[layer_types.index(kind)]
+    kinds, masks = layer_kinds(config), {}
+    for kind in dict.fromkeys(kinds):
+        layer = cache.layers[kinds.index(kind)]
         masks[kind] = tree_mask(layer, window_of(layer, kind, config), tree, is_token, slots, target.dtype)
     return masks if len(masks) > 1 else next(iter(masks.values()))
+
+
+def layer_kinds(config) -> list[str]:
+    """The kind of each layer, by which transformers chooses its mask; one and the same where there is one for all."""
+    return getattr(config, "layer_types", None) or ["the only one"] * config.num_hidden_layers
 
 
 def window_of(layer, kind: str, config) -> int | None:

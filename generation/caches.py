@@ -2,6 +2,8 @@
 
 The target's cache is the one that `generate()` prepared. The draft's holds latents in layers of its own, which write
 into buffers with room to spare: keys are `c_kv (B, 1, T, C)`, values `k_rope (B, 1, T, R)`.
+
+Shapes: B batch, G key-value heads, T positions, P nodes of a path, C latent, R decoupled RoPE.
 """
 
 import torch

@@ -4,7 +4,8 @@ A sequence walks from the root to the child that holds the target's choice, as l
 look at scores alone, the target chooses at all nodes at once, and the walk is one comparison: a node is reached if
 every node on its path holds the choice made at its parent. Where they look at the text, it is taken step by step.
 
-Shapes: B batch, N nodes, P nodes on the longest possible path, V the target's vocabulary.
+Shapes: B batch, T tokens, N nodes, P nodes on the longest possible path, M nodes with scores, V the target's
+vocabulary.
 """
 
 from dataclasses import dataclass

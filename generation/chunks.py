@@ -4,7 +4,7 @@ Every round rests on it, and no target says whether it does. That it keeps a cac
 tried on a few tokens; what shows in long texts only is known by name: there each token is read alone, as in plain
 generation.
 
-Shapes: B batch, T tokens, V vocabulary.
+Shapes: T tokens, V vocabulary.
 """
 
 import inspect

@@ -9,6 +9,8 @@ After every round the text is one token longer than the target's cache: the newe
 has been chosen but not read.
 
 Source: EAGLE-3, arXiv:2503.01840.
+
+Shapes: B batch, T tokens.
 """
 
 import time
@@ -26,10 +28,11 @@ from .continuations import Beginning, num_omitted
 from .drafting import draft_tree
 from .memory import DraftMemory
 from .metrics import SpeculationStats
+from .obstacles import takes_fixed_shapes
 from .probing import can_branch
 from .ragged import RaggedTexts
 from .rope import ReadingLimits, check_omitted, check_reread
-from .runtime import decode_at_fixed_shapes, slots_of, takes_fixed_shapes
+from .runtime import decode_at_fixed_shapes, slots_of
 from .sizing import ConstantSize, TreeSizer, sizes_for
 from .support import TreePlan, check_call, draft_window, may_differ_in_length, pad_token, tree_plan
 from .timing import CallTimes
@@ -148,16 +151,12 @@ def decode(
     texts = RaggedTexts(transcript) if may_differ else TextsInStep(transcript)
     plan = largest_plan(draft, target, limits, texts.ids)
     is_finished = transcript.is_finished
-    if not is_finished and takes_fixed_shapes(target, draft, plan, transcript, limits, traces, cache, model_kwargs):
-        is_finished = decode_at_fixed_shapes(
-            target, draft, transcript, texts, stats, plan, cache, memory, model_kwargs
-        )
+    if not is_finished and takes_fixed_shapes(target, draft, plan, transcript, limits, traces, model_kwargs):
+        is_finished = decode_at_fixed_shapes(target, draft, texts, stats, plan, memory, model_kwargs)
     if not is_finished:
         stats.times.time_forwards(target, draft)
         sizes = sizes_for(draft, target, plan, len(transcript.input_ids))
-        cache, memory = decode_round_by_round(
-            target, draft, transcript, texts, limits, traces, stats, sizes, memory, captured, model_kwargs
-        )
+        cache, memory = decode_round_by_round(target, draft, texts, limits, traces, stats, sizes, memory, model_kwargs)
     stats.new_tokens -= texts.num_discarded
     beginning.remember(draft, cache, memory, transcript.input_ids, mask)
     return cache
@@ -166,27 +165,22 @@ def decode(
 def decode_round_by_round(
     target: PreTrainedModel,
     draft,
-    transcript: Transcript,
     texts: RaggedTexts | TextsInStep,
     limits: ReadingLimits,
     traces: Traces,
     stats: SpeculationStats,
     sizes: TreeSizer | ConstantSize,
     memory: DraftMemory,
-    captured,
     model_kwargs: dict,
 ) -> tuple[Cache, DraftMemory]:
     """
     All rounds of one call, each with tensors of its own size; returns what both models remember in the end.
 
-    Args:
-        captured ([`FusedStates`]): A context in which the target's forwards leave the states that the draft reads.
-
-    **Effects**: fills `transcript`, `traces` and `stats`; moves the target's cache and `memory` on.
+    **Effects**: fills `texts`, `traces` and `stats`; moves the target's cache and `memory` on.
     """
-    limit = ChunkLimit.of(target)
+    transcript, cache, limit = texts.transcript, model_kwargs["past_key_values"], ChunkLimit.of(target)
     limit.warn(target, transcript.max_slots)
-    cache = model_kwargs["past_key_values"]
+    captured = draft.capture_fused_states(target)
     with ExitStack() as windows:
         # Only now: recorded from the start, a sliding-window layer would keep the whole prompt.
         windows.enter_context(recorded_past(cache))
@@ -203,9 +197,7 @@ def decode_round_by_round(
                         target, tree, texts.ids, model_kwargs, texts.lengths, transcript.max_slots
                     )
                 verdict = texts.accept(tree, logits)
-                stats.target_calls += 1
-                stats.record(verdict.walks, len(tree) - 1, tree.deepest)
-                stats.draft_cache_bytes, stats.draft_cache_tokens = memory.num_bytes, memory.cache.get_seq_length()
+                record_round(stats, tree, verdict, memory)
                 transcript.flush()
             if outputs.past_key_values is cache:
                 traces.add_path(target, outputs, verdict.path)
@@ -230,6 +222,13 @@ def largest_plan(draft, target: PreTrainedModel, limits: ReadingLimits, ids: Ten
     if limits.forbid_drafting(ids):
         return plan.within(0)
     return plan if plan.top_k == 1 or can_branch(target) else plan.as_chain()
+
+
+def record_round(stats: SpeculationStats, tree: DraftTree, verdict: Verdict, memory: DraftMemory) -> None:
+    """Counts a round."""
+    stats.target_calls += 1
+    stats.record(verdict.walks, len(tree) - 1, tree.deepest)
+    stats.draft_cache_bytes, stats.draft_cache_tokens = memory.num_bytes, memory.cache.get_seq_length()
 
 
 def keep(target: PreTrainedModel, tree: DraftTree, verdict: Verdict, outputs, model_kwargs: dict) -> dict:

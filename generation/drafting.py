@@ -3,7 +3,7 @@
 Rows that were drafted in a round hold guesses (their states are the draft's). They are dropped, and the next round
 begins by appending the rows of the accepted tokens from the target's true states.
 
-Shapes: B batch, L slots of the draft's cache, W nodes of one depth, V and Vd vocabularies of target and draft.
+Shapes: B batch, W nodes of one depth, Vd the draft's vocabulary.
 """
 
 from dataclasses import dataclass

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from .fixed_cache import FixedCache
 from .fixed_memory import FixedMemory
-from .memory import DraftMemory
+from .prefill import Prefill
 from .sampling import Noise, RowNoise
 from .support import TreePlan
+from .transcript import Transcript
 
 
 class GivenNoise:
@@ -43,23 +43,21 @@ class TextBuffers:
     Args:
         draft ([`Eagle3MLADraftModel`]): The head; not kept alive.
         largest ([`TreePlan`]): Size of the largest trees.
-        cache (`Cache`), memory ([`DraftMemory`]): After the prompt; they say which shapes the buffers need.
+        prefill ([`Prefill`]): Says which shapes the buffers need.
         capacity (`int`): Slots of each sequence, those of a tree's nodes included.
         draw (`torch.Tensor` of shape `(B, V)`, *optional*): Like the noise of a token; `None` means greedy.
     """
 
-    def __init__(
-        self, draft, largest: TreePlan, cache: Cache, memory: DraftMemory, capacity: int, draw: Tensor | None
-    ):
+    def __init__(self, draft, largest: TreePlan, prefill: Prefill, capacity: int, draw: Tensor | None):
         self.capacity = capacity
-        self.cache = FixedCache(cache, capacity)
-        self.memory = FixedMemory(draft, memory, capacity, largest.depth * largest.top_k, largest.depth + 1)
-        counts = self.memory.num_rows
+        self.cache = FixedCache(prefill.cache, capacity)
+        self.memory = FixedMemory(draft, prefill.memory, capacity, largest.depth * largest.top_k, largest.depth + 1)
+        counts = self.memory.num_rows  # (B,)
         self.lengths, self.offsets = torch.zeros_like(counts), torch.zeros_like(counts)
         self.limit = counts.new_full((), capacity)
-        self.is_token = torch.ones(len(counts), capacity, dtype=torch.bool, device=counts.device)
-        self.first = torch.zeros_like(counts)
-        self.roots = counts.new_zeros(len(counts), 1)
+        self.is_token = torch.ones(len(counts), capacity, dtype=torch.bool, device=counts.device)  # (B, K)
+        self.first_slots = torch.zeros_like(counts)
+        self.roots = counts.new_zeros(len(counts), 1)  # (B, 1)
         self.is_frozen = torch.zeros_like(counts, dtype=torch.bool)
         self.noise = None if draw is None else GivenNoise(draw.new_ones(len(draw), largest.depth + 1, draw.shape[1]))
 
@@ -68,42 +66,28 @@ class TextBuffers:
         """Bytes of both caches."""
         return self.cache.num_bytes + self.memory.num_bytes
 
-    def load(
-        self,
-        cache: Cache,
-        memory: DraftMemory,
-        is_token: Tensor | None,
-        positions: Tensor | int,
-        limit: int,
-        is_frozen: Tensor,
-    ) -> None:
+    def load(self, prefill: Prefill, transcript: Transcript) -> None:
         """
         Begins a text.
 
-        Args:
-            cache (`Cache`): The target's, which has read the prompt; emptied.
-            memory ([`DraftMemory`]): The draft's, which has read it but for the roots; emptied.
-            is_token (`torch.Tensor` of shape `(B, T)`, *optional*): 0 where a slot of the prompt is padding.
-            positions (`torch.LongTensor` of shape `(B,)`): RoPE positions of the roots in the target.
-            limit (`int`): Tokens that a text may have in the end.
-            is_frozen (`torch.BoolTensor` of shape `(B,)`): The sequences that have ended.
+        **Effects**: empties the target's cache and the draft's memory of `prefill`.
         """
-        num_read = cache.get_seq_length()
+        num_read = prefill.cache.get_seq_length()
         self.lengths.fill_(num_read)
-        self.offsets.fill_(0).add_(positions - num_read)
-        self.is_frozen.copy_(is_frozen)
-        self.limit.fill_(limit)
+        self.offsets.fill_(0).add_(prefill.positions - num_read)
+        self.is_frozen.copy_(transcript.is_frozen)
+        self.limit.fill_(transcript.max_slots)
         self.is_token.fill_(True)
-        if is_token is not None:
-            self.is_token[:, :num_read] = is_token[:, :num_read].bool()
-        self.first.copy_((~self.is_token).sum(dim=1))
-        self.cache.load(cache)
-        self.memory.load(memory)
+        if prefill.is_token is not None:
+            self.is_token[:, :num_read] = prefill.is_token[:, :num_read].bool()
+        self.first_slots.copy_((~self.is_token).sum(dim=1))
+        self.cache.load(prefill.cache)
+        self.memory.load(prefill.memory)
         self.roots.copy_(self.memory.roots)
 
     def take_over(self, smaller: "TextBuffers") -> None:
         """Goes on where buffers of a smaller capacity have come to."""
-        for name in ("lengths", "offsets", "limit", "roots", "is_frozen", "first"):
+        for name in ("lengths", "offsets", "limit", "roots", "is_frozen", "first_slots"):
             getattr(self, name).copy_(getattr(smaller, name))
         self.is_token.fill_(True)
         self.is_token[:, : smaller.capacity] = smaller.is_token

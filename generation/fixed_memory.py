@@ -4,7 +4,8 @@ How many rows a sequence has, and how many are pending, only the device knows. P
 sequence's own stand others that mean nothing, and whatever they leave in the cache is overwritten or never seen. A row
 stands in the slot of its RoPE position.
 
-Shapes: B batch, M pending rows, P nodes of a path, W nodes of one depth, K slots, D hidden.
+Shapes: B batch, T rows of a forward, M pending rows, P nodes of a path, W new rows, S slots from the first new one on,
+K slots, D hidden, d width of a head, Vd the draft's vocabulary.
 """
 
 from dataclasses import dataclass

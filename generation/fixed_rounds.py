@@ -20,14 +20,14 @@ import torch
 from torch import Tensor
 from transformers import Cache, CompileConfig, LogitsProcessorList, PreTrainedModel
 
-from .branching import window_of
+from .branching import layer_kinds, window_of
 from .capture import Stage, capture
 from .choice import limit_walk, report_walk, walk_at_once
 from .compilation import compiled
 from .drafting import draft_tree
 from .fixed_buffers import TextBuffers
-from .fused_rope import HALF_PRECISION
 from .fused_target import TreeInSlots, fused_operations, tree_attention
+from .kernels import HALF_PRECISION
 from .memory import additive_mask
 from .ragged import MAX_LEAD
 from .support import TreePlan
@@ -72,16 +72,16 @@ class FixedRounds:
         like: Cache,
         ends: Ends,
     ):
-        self.target, self.draft, self.whose = weakref.proxy(target), weakref.proxy(draft), weakref.ref(target)
+        self.target, self.draft, self.target_ref = weakref.proxy(target), weakref.proxy(draft), weakref.ref(target)
         self.buffers, self.plan, self.warpers = buffers, plan, warpers
         self.windows = windows_by_kind(target, like)
         counts = buffers.lengths
         self.slots = torch.arange(buffers.capacity, device=counts.device)
-        self.token_ids = counts.new_zeros(len(counts), tree_size(plan))
+        self.token_ids = counts.new_zeros(len(counts), tree_size(plan))  # (B, N)
         self.parents, self.preferred = torch.zeros_like(self.token_ids), torch.zeros_like(self.token_ids[:, 1:])
         num_nodes = self.token_ids.shape[1]
         self.attends = torch.zeros(len(counts), num_nodes, num_nodes, dtype=torch.bool, device=counts.device)
-        self.path = counts.new_zeros(len(counts), plan.depth + 1)
+        self.path = counts.new_zeros(len(counts), plan.depth + 1)  # (B, P)
         self.tokens, self.num_new = torch.zeros_like(self.path), torch.ones_like(counts)
         self.freezes = ends.pad_token_id is not None
         self.pad_token_id = counts.new_tensor(ends.pad_token_id if self.freezes else -1)
@@ -101,7 +101,7 @@ class FixedRounds:
         Raises:
             RuntimeError: If a model asks something of the device.
         """
-        self.fuses, self.is_compiled, target = fuses, compile_config is not None, self.whose()
+        self.fuses, self.is_compiled, target = fuses, compile_config is not None, self.target_ref()
         if compile_config is not None:
             self.listener.thread = None  # a compiler does not know of threads
         with (
@@ -162,8 +162,8 @@ class FixedRounds:
         places = torch.minimum(buffers.lengths[:, None] + tree.depths, buffers.limit - 1)
         buffers.cache.write_at(slots)
         if self.fuses:
-            view = TreeInSlots(buffers.lengths, buffers.first, tree.attends, tree.depths, self.windows)
-            attention, masks = tree_attention(self.whose(), view, self.is_compiled), view.masks()
+            view = TreeInSlots(buffers.lengths, buffers.first_slots, tree.attends, tree.depths, self.windows)
+            attention, masks = tree_attention(self.target_ref(), view, self.is_compiled), view.masks()
         else:
             attention, masks = nullcontext(), self._masks(tree, slots, places)
         with self.listener, attention:
@@ -235,5 +235,5 @@ def tree_size(plan: TreePlan) -> int:
 def windows_by_kind(target: PreTrainedModel, cache: Cache) -> dict[str, int | None]:
     """The sliding window of each kind of the target's layers; `None`: they see everything."""
     config = target.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None) or ["the only one"]
+    kinds = layer_kinds(config)
     return {kind: window_of(cache.layers[kinds.index(kind)], kind, config) for kind in dict.fromkeys(kinds)}

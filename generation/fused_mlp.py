@@ -15,10 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .fused_rope import HALF_PRECISION
-from .latent_attention import has_triton
+from .kernels import HALF_PRECISION, has_triton
 
-PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
 TRIED_ROWS = 8
 # Some MLPs cut gates off where they are large, at 7 or 10: they are tried with such, too.
@@ -39,7 +38,7 @@ def fused_mlps(*models: nn.Module) -> Iterator[None]:
 
 def activation_of(module: nn.Module) -> str | None:
     """Which of `ACTIVATIONS` makes [`run_mlp`] compute what `module` does, in half precision; `None`: none does."""
-    if not dict(module.named_children()).keys() >= PARTS or "forward" in vars(module):
+    if not dict(module.named_children()).keys() >= MLP_PARTS or "forward" in vars(module):
         return None
     width, like = getattr(module.gate_proj, "in_features", None), next(module.parameters(), None)
     takes_states_alone = len(inspect.signature(module.forward).parameters) == 1

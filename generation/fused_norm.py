@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .fused_rope import HALF_PRECISION
-from .latent_attention import has_triton
+from .kernels import HALF_PRECISION, has_triton
 
 # One program reads a row.
 MAX_WIDTH = 16384
 # Whether a norm rounds first, and whether it adds one to its weight.
 FORMS = [(True, False), (False, False), (False, True)]
+TRIED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def usual_norm(module: nn.Module) -> UsualNorm | None:
         return None
     weight = module.weight
     generator = torch.Generator(weight.device).manual_seed(0)  # nobody's random numbers are used up
-    states = torch.randn(8, len(weight), generator=generator, device=weight.device, dtype=weight.dtype)
+    states = torch.randn(TRIED_ROWS, len(weight), generator=generator, device=weight.device, dtype=weight.dtype)
     expected, tolerance = module(states), 4 * torch.finfo(weight.dtype).eps
     norms = [UsualNorm(weight, eps, *form) for form in FORMS]
     norm = min(norms, key=lambda norm: (norm(states) != expected).sum().item())

@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 from .fused_mlp import activation_of
 from .fused_norm import UsualNorm, usual_norm
 
-PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+LAYER_PARTS = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 # What a layer hands to its attention.
-HANDED_ON = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
+ATTENTION_INPUTS = ("attention_mask", "position_ids", "past_key_values", "use_cache", "position_embeddings")
 
 
 class NormAhead:
@@ -103,9 +103,9 @@ def run_layer(layer: nn.Module, norm: UsualNorm, ahead: NormAhead | None, hidden
 
 def is_usual_layer(layer: nn.Module) -> bool:
     """Whether [`run_layer`] computes what `layer` does, in half precision."""
-    if dict(layer.named_children()).keys() != PARTS or "forward" in vars(layer):
+    if dict(layer.named_children()).keys() != LAYER_PARTS or "forward" in vars(layer):
         return False
-    if not inspect.signature(layer.forward).parameters.keys() >= {"hidden_states", *HANDED_ON}:
+    if not inspect.signature(layer.forward).parameters.keys() >= {"hidden_states", *ATTENTION_INPUTS}:
         return False
     if usual_norm(layer.input_layernorm) is None or usual_norm(layer.post_attention_layernorm) is None:
         return False
@@ -114,7 +114,11 @@ def is_usual_layer(layer: nn.Module) -> bool:
 
 def is_wired_as_usual(layer: nn.Module) -> bool:
     """Whether `layer` adds up its parts as [`run_layer`] does; tried with functions in the place of the parts."""
-    states, handed_on, received = torch.linspace(-1, 1, 12).view(1, 3, 4), {name: name for name in HANDED_ON}, {}
+    states, handed_on, received = (
+        torch.linspace(-1, 1, 12).view(1, 3, 4),
+        {name: name for name in ATTENTION_INPUTS},
+        {},
+    )
 
     def attend(hidden_states: Tensor, **kwargs) -> tuple[Tensor, None]:
         received.update(kwargs)

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .latent_attention import has_triton
+from .kernels import HALF_PRECISION, has_triton
 
-HALF_PRECISION = (torch.float16, torch.bfloat16)
-NAME = "apply_rotary_pos_emb"
+ROPE_FUNCTION = "apply_rotary_pos_emb"
 TRIED_WIDTH = 64
 
 
@@ -37,11 +36,11 @@ def fused_rope(target: PreTrainedModel) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for module in modules_with_rope(target):
-            original = vars(module)[NAME]
+            original = vars(module)[ROPE_FUNCTION]
             num_columns = columns_per_angle(original, target.device, target.dtype)
             if num_columns is not None:
-                setattr(module, NAME, rope_of_this_thread(original, num_columns))
-                stack.callback(setattr, module, NAME, original)
+                setattr(module, ROPE_FUNCTION, rope_of_this_thread(original, num_columns))
+                stack.callback(setattr, module, ROPE_FUNCTION, original)
         yield
 
 
@@ -64,7 +63,7 @@ def modules_with_rope(target: nn.Module) -> list[ModuleType]:
     """The modules that hold the code of `target` and a function that rotates."""
     classes = {kind for module in target.modules() for kind in type(module).__mro__}
     modules = {sys.modules[name] for name in {kind.__module__ for kind in classes} if name in sys.modules}
-    return [module for module in modules if callable(vars(module).get(NAME))]
+    return [module for module in modules if callable(vars(module).get(ROPE_FUNCTION))]
 
 
 def columns_per_angle(function: Callable, device: torch.device, dtype: torch.dtype) -> int | None:

@@ -29,7 +29,7 @@ from .fused_rope import fused_draft_rope, fused_rope
 from .opaque_ops import tree_attention_op
 
 # Names are global, and two versions of this package may be loaded.
-NAME = f"tree_{re.sub(r'[^0-9A-Za-z]', '_', __name__)}"
+TREE_ATTENTION = f"tree_{re.sub(r'[^0-9A-Za-z]', '_', __name__)}"
 # What attention functions get that has no bearing on the result at inference, or says what is known here anyhow.
 KNOWN_ARGUMENTS = {
     "dropout",
@@ -50,14 +50,15 @@ class TreeInSlots:
     The trees of a round and where they stand in the cache; see `tree_attention.py` for shapes.
 
     Args:
-        lengths (`torch.Tensor`), first (`torch.Tensor`): Slots in use of each sequence, and the first behind padding.
+        lengths (`torch.Tensor`): Slots in use of each sequence.
+        first_slots (`torch.Tensor`): The first of them behind the padding.
         attends (`torch.Tensor`), depths (`torch.Tensor`): Of the nodes.
         windows (`dict[str, int | None]`): The sliding window of each kind of the target's layers; `None`: they see
             everything.
     """
 
     lengths: Tensor
-    first: Tensor
+    first_slots: Tensor
     attends: Tensor
     depths: Tensor
     windows: dict[str, int | None]
@@ -118,11 +119,11 @@ def attend_to_tree(
             f"attention with {sorted(unknown)} and a window of {sliding_window} where the mask has {window}"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    arguments = tree.lengths, tree.first, tree.attends, tree.depths, scaling, window, softcap, s_aux
+    arguments = tree.lengths, tree.first_slots, tree.attends, tree.depths, scaling, window, softcap, s_aux
     return tree_attention_op(query, key, value, *arguments), None
 
 
-AttentionInterface.register(NAME, attend_to_tree)
+AttentionInterface.register(TREE_ATTENTION, attend_to_tree)
 
 
 @contextmanager
@@ -136,7 +137,7 @@ def tree_attention(target: PreTrainedModel, tree: TreeInSlots, is_compiled: bool
     config = target.config.get_text_config(decoder=True)
     kind, implementation = type(config), config._attn_implementation_internal
     if is_compiled:
-        config._attn_implementation_internal = NAME
+        config._attn_implementation_internal = TREE_ATTENTION
     else:
         config.__class__ = of_one_thread(kind)
     _trees.append(tree)
@@ -154,7 +155,7 @@ def of_one_thread(kind: type) -> type:
     """A configuration like `kind` with the attention to trees in the thread that records a graph."""
 
     def implementation(config) -> str:
-        return NAME if threading.get_ident() in _threads else kind._attn_implementation.fget(config)
+        return TREE_ATTENTION if threading.get_ident() in _threads else kind._attn_implementation.fget(config)
 
     setter = kind._attn_implementation.fset
     return type(kind.__name__, (kind,), {"_attn_implementation": property(implementation, setter)})

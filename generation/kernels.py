@@ -1,13 +1,19 @@
-"""Whether Triton can build and run kernels here; tried once."""
+"""Whether there are Triton kernels to run: installed, for these numbers, and where they can be built; tried once."""
 
 import functools
+import importlib.util
 import logging
 
 import torch
 
-from .latent_attention import has_triton
-
 logger = logging.getLogger(__name__)
+
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache

@@ -17,17 +17,16 @@ width, C latent, R decoupled RoPE.
 """
 
 import functools
-import importlib.util
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from .kernels import HALF_PRECISION, has_triton
+
 logger = logging.get_logger(__name__)
 
-# In float32 the tiles would not fit into shared memory.
-KERNEL_DTYPES = (torch.float16, torch.bfloat16)
 # Shared memory of a multiprocessor of an H100, and the sizes that were checked against it.
 MIN_SHARED_MEMORY = 228 * 1024
 MAX_LATENT_DIM, MAX_KEY_DIM = 512, 128
@@ -72,7 +71,7 @@ def attend_latents(
     lengths: Tensor,
     scaling: float,
     drafted: DraftedSlots | None = None,
-    first: Tensor | None = None,
+    first_slots: Tensor | None = None,
 ) -> Tensor:
     """
     Attention of new rows to cached latents.
@@ -85,7 +84,7 @@ def attend_latents(
         lengths (`torch.Tensor` of shape `(B,)`): Slots that each sequence holds, drafted ones included, int32.
         scaling (`float`): Factor of the scores.
         drafted ([`DraftedSlots`], *optional*): The last slots; `None`: every row sees all slots.
-        first (`torch.Tensor` of shape `(B,)`, *optional*): First slot behind the padding, of RoPE position 0, int32.
+        first_slots (`torch.Tensor` of shape `(B,)`, *optional*): Those behind the padding, of RoPE position 0, int32.
 
     Returns:
         `torch.Tensor` of shape `(B, H, W, d)`: Weighted sums of values; zeros for a row that sees nothing.
@@ -93,9 +92,9 @@ def attend_latents(
     Raises:
         ValueError: Where shapes or types do not fit together.
     """
-    check_inputs(query, c_kv, k_rope, projections, lengths, drafted, first)
+    check_inputs(query, c_kv, k_rope, projections, lengths, drafted, first_slots)
     attend = _triton().attend if runs_on_triton(query, c_kv, k_rope) else attend_by_definition
-    return attend(query, c_kv, k_rope, projections, lengths, scaling, drafted, first)
+    return attend(query, c_kv, k_rope, projections, lengths, scaling, drafted, first_slots)
 
 
 def attend_by_definition(
@@ -106,19 +105,19 @@ def attend_by_definition(
     lengths: Tensor,
     scaling: float,
     drafted: DraftedSlots | None = None,
-    first: Tensor | None = None,
+    first_slots: Tensor | None = None,
 ) -> Tensor:
     """`attend_latents`, written out over all T slots, in float32 or wider."""
     slots = torch.arange(c_kv.shape[2], device=c_kv.device)
-    first = torch.zeros_like(lengths) if first is None else first
-    is_held = (slots >= first[:, None]) & (slots < lengths[:, None])  # (B, T)
+    first_slots = torch.zeros_like(lengths) if first_slots is None else first_slots
+    is_held = (slots >= first_slots[:, None]) & (slots < lengths[:, None])  # (B, T)
     dtype = torch.promote_types(query.dtype, torch.float32)
     # Slots that are not held may contain anything, which would survive a weight of zero.
     latents, ropes = (part[:, 0].to(dtype).masked_fill(~is_held[..., None], 0) for part in (c_kv, k_rope))
     w_uk, w_uv = projections.w_uk.to(dtype), projections.w_uv.to(dtype)
     grouped = query.to(dtype).unflatten(1, (w_uk.shape[0], -1))  # (B, G, H / G, W, d + R)
     if k_rope.shape[-1] == 0:
-        keys = rotated_keys(projections, latents, slot_positions(slots, lengths, first, drafted))  # (B, G, T, d)
+        keys = rotated_keys(projections, latents, slot_positions(slots, lengths, first_slots, drafted))  # (B, G, T, d)
     else:
         q_nope, q_rope = grouped.split([w_uk.shape[1], k_rope.shape[-1]], dim=-1)
         grouped = torch.cat([torch.einsum("bgnwd,gdc->bgnwc", q_nope, w_uk), q_rope], dim=-1)
@@ -138,9 +137,9 @@ def rotated_keys(projections: UpProjections, latents: Tensor, positions: Tensor)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
-def slot_positions(slots: Tensor, lengths: Tensor, first: Tensor, drafted: DraftedSlots | None) -> Tensor:
+def slot_positions(slots: Tensor, lengths: Tensor, first_slots: Tensor, drafted: DraftedSlots | None) -> Tensor:
     """RoPE positions `(B, T)`: those of the text, and what `drafted` says."""
-    positions = slots - first[:, None]
+    positions = slots - first_slots[:, None]
     if drafted is None or drafted.positions.shape[1] == 0:
         return positions
     index = drafted_index(slots, lengths, drafted)
@@ -168,7 +167,7 @@ def check_inputs(
     projections: UpProjections,
     lengths: Tensor,
     drafted: DraftedSlots | None,
-    first: Tensor | None,
+    first_slots: Tensor | None,
 ) -> None:
     """Raises `ValueError` where shapes or types do not fit together; looks at no value, so that nothing waits."""
     batch_size, num_heads, num_rows, query_dim = query.shape
@@ -182,7 +181,7 @@ def check_inputs(
     for name in ("w_uk", "w_uv"):
         shape = tuple(getattr(projections, name).shape)
         expect(f"projections.{name}", "shape", shape, (num_groups, head_dim, latent_dim))
-    for name, tensor in (("lengths", lengths), ("first", first)):
+    for name, tensor in (("lengths", lengths), ("first_slots", first_slots)):
         if tensor is not None:
             expect(name, "shape", tuple(tensor.shape), (batch_size,))
             expect(name, "type", tensor.dtype, torch.int32)
@@ -227,7 +226,7 @@ def runs_on_triton(query: Tensor, c_kv: Tensor, k_rope: Tensor) -> bool:
 def kernel_obstacle(query: Tensor, c_kv: Tensor, k_rope: Tensor) -> str | None:
     """Why the kernels do not take these tensors of a GPU, if so."""
     latent_dim, key_dim = c_kv.shape[-1], k_rope.shape[-1] or query.shape[-1]
-    if query.dtype not in KERNEL_DTYPES:
+    if query.dtype not in HALF_PRECISION:  # tiles of float32 would not fit into shared memory
         return f"they take float16 and bfloat16, not {query.dtype}"
     if latent_dim % 16 != 0 or latent_dim > MAX_LATENT_DIM:
         return f"they take latents of a multiple of 16 up to {MAX_LATENT_DIM}, not of {latent_dim}"
@@ -242,11 +241,6 @@ def kernel_obstacle(query: Tensor, c_kv: Tensor, k_rope: Tensor) -> str | None:
 def shared_memory(device: torch.device) -> int:
     """Bytes of one multiprocessor; a block of threads may have all but 1024 of them."""
     return torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
-
-
-@functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 def _triton():

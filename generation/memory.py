@@ -12,7 +12,8 @@ A long prompt is read in chunks, so that what attention and MLP need at once doe
 that nobody will see any more leave the cache now and then. The rows behind the sink then move up, each sequence's by
 its own number, so that their positions are their slots plus the number of rows that left.
 
-Shapes: B batch, M pending rows, L slots of the cache, D hidden.
+Shapes: B batch, T tokens, M pending rows, P nodes of a path, W nodes of one depth, L slots of the cache, Q queries, K
+keys, D hidden.
 """
 
 from dataclasses import dataclass, field

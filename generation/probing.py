@@ -7,7 +7,7 @@ equally long texts.
 
 Windows and other things that begin beyond the probe's few tokens are not seen by it: those are known by name.
 
-Shapes: R rows, each with a prompt of T tokens and a tree of N nodes; V the target's vocabulary.
+Shapes: R rows, each with a prompt of T tokens and a tree of N nodes; C chains, V the target's vocabulary.
 """
 
 import logging

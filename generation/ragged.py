@@ -39,8 +39,7 @@ class RaggedTexts:
         self.ended_at: list[int | None] = [None] * len(self.ids)
         if transcript.freezes:
             self.ended_at = [self.ids.shape[1] if is_done else None for is_done in transcript.is_done.tolist()]
-        eos = [each.eos_token_id for each in transcript.stopping_criteria if type(each) is EosTokenCriteria]
-        self.eos_token_ids = torch.cat(eos).to(self.ids.device) if eos else None
+        self.eos_token_ids = transcript.eos_token_ids
         self.stop_strings = StoppingCriteriaList(
             each for each in transcript.stopping_criteria if type(each) is StopStringCriteria
         )

@@ -6,6 +6,8 @@ of such a length to the other: near it trees become smaller, and the first token
 generation. There Phi-3 also drops its cache and reads the whole text again, with the other factors.
 
 Beyond the length of "dynamic" scaling plain generation reads every token with factors of its own, and so do we.
+
+Shapes: B batch, T tokens.
 """
 
 from dataclasses import dataclass

@@ -1,114 +1,39 @@
-"""The loop at fixed shapes, and where it can be taken.
+"""The loop at fixed shapes.
 
 On CUDA this is what makes a round cost little more than reading the weights: each stage of `fixed_rounds.py` is one
-launch of a captured graph. Where shapes cannot be fixed, or a model cannot be captured, the loop of `decoder.py` runs,
-and the log says once why.
-
-Shapes: B batch, T tokens.
+launch of a captured graph. Where shapes cannot be fixed (`obstacles.py`), or a model cannot be captured, the loop of
+`decoder.py` runs, and the log says once why.
 """
 
 import threading
 import time
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from .chunks import ChunkLimit
 from .fixed_rounds import FixedRounds, tree_size
 from .memory import DraftMemory
 from .metrics import SpeculationStats
-from .probing import can_branch
+from .prefill import Prefill
 from .ragged import RaggedTexts
-from .rope import ReadingLimits, rope_lengths
-from .shelf import Shelf, give_reason
+from .shelf import Shelf
 from .sizing import FIXED_STEP, ConstantSize, TreeSizer, sizes_for
-from .support import TreePlan, draft_window, fixed_shapes
-from .traces import Traces
-from .transcript import Transcript
+from .support import TreePlan
 from .verification import TextsInStep, Walks
-
-# Inputs of a target that rounds at fixed shapes give it, or that say nothing about single tokens.
-KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
-KNOWN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
 
 _in_use = threading.Lock()
 # When the device is done with the call before: it may have run on another stream.
 _last_uses: list[torch.cuda.Event] = []
 
 
-def takes_fixed_shapes(
-    target: PreTrainedModel,
-    draft,
-    plan: TreePlan,
-    transcript: Transcript,
-    limits: ReadingLimits,
-    traces: Traces,
-    cache: Cache,
-    model_kwargs: dict,
-) -> bool:
-    """
-    Whether the rounds of a call have fixed shapes: on CUDA where possible, or as `fixed_shapes` says.
-
-    **Effects**: where they are wanted but not possible, the log says why, once.
-    """
-    wanted = fixed_shapes(draft)
-    if not (target.device.type == "cuda" if wanted is None else wanted):
-        return False
-    reason = why_shapes_vary(target, draft, plan, transcript, limits, traces, cache, model_kwargs)
-    if reason is not None:
-        give_reason(target, reason)
-    return reason is None
-
-
-def why_shapes_vary(
-    target: PreTrainedModel,
-    draft,
-    plan: TreePlan,
-    transcript: Transcript,
-    limits: ReadingLimits,
-    traces: Traces,
-    cache: Cache,
-    model_kwargs: dict,
-) -> str | None:
-    """Why the rounds of a call cannot have fixed shapes; `None` if they can."""
-    devices = {parameter.device for parameter in target.parameters()} | {draft.device, transcript.input_ids.device}
-    unknown = {name for name, value in model_kwargs.items() if value is not None} - KNOWN_INPUTS
-    positions = model_kwargs.get("position_ids")
-    reasons = {
-        "nothing is drafted": plan.depth == 0,
-        "`assistant_confidence_threshold` is set": plan.confidence_threshold is not None,
-        "`draft_window` is set": draft_window(draft) is not None,
-        "hidden states or attentions are wanted": traces.are_wanted,
-        f"models and text are on several devices: {', '.join(sorted(map(str, devices)))}": len(devices) > 1,
-        f"the target has inputs besides the usual ones: {', '.join(sorted(unknown))}": bool(unknown),
-        f"beyond some length {ChunkLimit.of(target).reason}": ChunkLimit.of(target).num_tokens is not None,
-        "the target's RoPE factors may change with the length of the text": limits.are_reached(transcript)
-        or any(rope_lengths(target.config.get_text_config(decoder=True))),
-        "positions have several axes": positions is not None and positions.dim() != 2,
-        "the target's windows are to record their past": any(
-            getattr(each, "record_past", False) for each in cache.layers
-        ),
-        "the target's cache is of a kind of its own": type(cache) is not DynamicCache
-        or not {type(layer) for layer in cache.layers} <= KNOWN_LAYERS,
-        "autocast is on, whose copies of weights end with it": torch.is_autocast_enabled(target.device.type),
-        "the target or the draft has hooks, which a graph would not call": has_hooks(target) or has_hooks(draft),
-    }
-    applying = [reason for reason, applies in reasons.items() if applies]
-    if not applying and not can_branch(target):
-        return "the target takes no masks of its own"
-    return applying[0] if applying else None
-
-
 def decode_at_fixed_shapes(
     target: PreTrainedModel,
     draft,
-    transcript: Transcript,
     texts: RaggedTexts | TextsInStep,
     stats: SpeculationStats,
     plan: TreePlan,
-    cache: Cache,
     memory: DraftMemory,
     model_kwargs: dict,
 ) -> bool:
@@ -116,16 +41,15 @@ def decode_at_fixed_shapes(
     All rounds of a call.
 
     Args:
-        target, draft, transcript, texts, stats: As in `decoder.py`.
+        target, draft, texts, stats: As in `decoder.py`.
         plan ([`TreePlan`]): Size of the largest trees.
-        cache (`Cache`): The target's, which has read the prompt.
         memory ([`DraftMemory`]): The draft's, with the prompt's states.
-        model_kwargs (`dict`): The target's generation state.
+        model_kwargs (`dict`): The target's generation state, with its cache, which has read the prompt.
 
     Returns:
         `bool`: Whether the text is finished. If not, the other loop can begin.
 
-    **Effects**: fills `transcript` and `stats`; `cache` holds the whole text but its last token, `memory` all rows.
+    **Effects**: fills `texts` and `stats`; the cache holds the whole text but its last token, `memory` all rows.
     """
     if not _in_use.acquire(blocking=False):
         return False  # the buffers are another thread's for now
@@ -133,21 +57,18 @@ def decode_at_fixed_shapes(
         wait_for_last_use(target.device)
         with stats.times.draft:
             memory.read_prompt(draft, target)
-        draw = texts.noise.peek(0) if transcript.do_sample else None
-        is_token = model_kwargs.get("attention_mask")
-        is_left = is_padded_left(is_token)
-        shelf = Shelf(target, draft, plan, transcript, cache, memory, draw, is_left, stats.times.capture)
+        prefill = Prefill.of_call(memory, model_kwargs)
+        shelf = Shelf(target, draft, plan, texts.transcript, prefill, stats.times.capture)
         sizes = sizes_for(draft, target, plan, len(texts.ids), FIXED_STEP)
-        num_read = cache.get_seq_length()
-        if not shelf.make_room(num_read + 2 * tree_size(plan)) or shelf.rounds(sizes.choose()) is None:
+        num_slots = prefill.cache.get_seq_length() + 2 * tree_size(plan)
+        if not shelf.make_room(num_slots) or shelf.rounds(sizes.choose()) is None:
             return False
-        positions = root_positions(model_kwargs, num_read)
-        shelf.buffers.load(cache, memory, is_token, positions, transcript.max_slots, transcript.is_frozen)
+        shelf.buffers.load(prefill, texts.transcript)
         try:
             go_on = follow_the_device if device_can_choose(texts) else choose_on_the_host
             go_on(shelf, sizes, texts, stats)
         finally:  # also after an error: the cache may be the caller's
-            shelf.buffers.cache.give_back(cache, transcript.num_kept_slots)
+            shelf.buffers.cache.give_back(prefill.cache, texts.transcript.num_kept_slots)
         shelf.buffers.memory.give_back(memory)
         return True
     finally:
@@ -167,14 +88,6 @@ def note_use(device: torch.device) -> None:
         _last_uses.append(torch.cuda.current_stream(device).record_event())
 
 
-def is_padded_left(mask: Tensor | None) -> bool:
-    """Whether padding, where `mask (B, T)` of any type is 0, stands before the texts and nowhere else."""
-    if mask is None:
-        return True
-    mask = mask.bool().int()  # a difference of booleans is never below 0
-    return bool((mask.diff(dim=1) >= 0).all() and mask[:, -2:].all())
-
-
 def device_can_choose(texts: RaggedTexts | TextsInStep) -> bool:
     """Whether a round needs nothing from the host."""
     if isinstance(texts, TextsInStep) or not texts.chooses_at_once or texts.scores.is_wanted or texts.logits.is_wanted:
@@ -190,10 +103,9 @@ def choose_on_the_host(
 
     **Effects**: extends the texts and moves all buffers on.
     """
-    transcript, num_nodes = texts.transcript, tree_size(shelf.largest)
+    transcript = texts.transcript
     while not transcript.is_finished:
-        if (num_slots := slots_of(texts)) + num_nodes > shelf.buffers.capacity:
-            shelf.grow(num_slots + 2 * num_nodes)
+        make_room_for_round(shelf, texts)
         size = sizes.choose()
         rounds, began = shelf.rounds_of_text(size), time.perf_counter()
         if transcript.do_sample:
@@ -222,30 +134,38 @@ def follow_the_device(
 
     **Effects**: extends the texts and moves all buffers on.
     """
-    transcript, num_nodes, device = texts.transcript, tree_size(shelf.largest), texts.ids.device
+    device, coming = texts.ids.device, None
     texts.move_to("cpu")
-    rounds = shelf.rounds_of_text(sizes.choose())
-    began, report = time.perf_counter(), launch_round(rounds, texts, stats)
-    while True:
-        rows = report.wait()
-        seconds = time.perf_counter() - began
-        done, longest = rounds, max(count + row[0] for count, row in zip(texts.num_tokens, rows, strict=True))
-        num_slots = transcript.num_omitted + longest + num_nodes
-        is_ahead = not transcript.do_sample and num_slots <= shelf.buffers.capacity and texts.may_go_on(rows)
-        if is_ahead:
-            rounds = shelf.rounds_of_text(sizes.choose())
-            began, report = time.perf_counter(), launch_round(rounds, texts, stats)
-        walks, _, _ = texts.take(rows, torch.tensor([row[4 : 4 + done.plan.depth + 1] for row in rows]))
-        record_round(stats, shelf, done, walks, texts)
-        sizes.record(done.plan, walks.ranks, seconds)
-        if transcript.is_finished:
-            break
-        if not is_ahead:
-            if num_slots > shelf.buffers.capacity:
-                shelf.grow(num_slots + num_nodes)
-            rounds = shelf.rounds_of_text(sizes.choose())
-            began, report = time.perf_counter(), launch_round(rounds, texts, stats)
+    while not texts.transcript.is_finished:
+        if coming is None:
+            make_room_for_round(shelf, texts)
+            coming = begin_round(shelf, sizes, texts, stats)
+        current = coming
+        rows, seconds = current.wait()
+        coming = begin_round(shelf, sizes, texts, stats) if may_begin_another(shelf, texts, rows) else None
+        plan = current.rounds.plan
+        walks, _, _ = texts.take(rows, torch.tensor([row[4 : 4 + plan.depth + 1] for row in rows]))
+        record_round(stats, shelf, current.rounds, walks, texts)
+        sizes.record(plan, walks.ranks, seconds)
     texts.move_to(device)
+
+
+def make_room_for_round(shelf: Shelf, texts: RaggedTexts | TextsInStep) -> None:
+    """Changes to buffers for two more of the largest trees where those in use have no room for one."""
+    num_nodes = tree_size(shelf.largest)
+    if (num_slots := slots_of(texts)) + num_nodes > shelf.buffers.capacity:
+        shelf.grow(num_slots + 2 * num_nodes)
+
+
+def may_begin_another(shelf: Shelf, texts: RaggedTexts, rows: list[list[int]]) -> bool:
+    """
+    Whether a round may begin before `texts` has taken what the one before has chosen, the `rows` of [`Report`].
+
+    Not with noise, which goes on with the texts, and not where the buffers would have to grow first.
+    """
+    longest = max(count + row[0] for count, row in zip(texts.num_tokens, rows, strict=True))
+    num_slots = texts.transcript.num_omitted + longest + tree_size(shelf.largest)
+    return not texts.transcript.do_sample and num_slots <= shelf.buffers.capacity and texts.may_go_on(rows)
 
 
 def slots_of(texts: RaggedTexts | TextsInStep) -> int:
@@ -253,12 +173,15 @@ def slots_of(texts: RaggedTexts | TextsInStep) -> int:
     return texts.transcript.num_omitted + texts.ids.shape[1]
 
 
-def launch_round(rounds: FixedRounds, texts: RaggedTexts, stats: SpeculationStats) -> "Report":
+def begin_round(
+    shelf: Shelf, sizes: TreeSizer | ConstantSize, texts: RaggedTexts, stats: SpeculationStats
+) -> "RoundUnderWay":
     """
-    Begins a round; on CUDA it goes on while the host does something else.
+    Begins a round of the size that pays; on CUDA it goes on while the host does something else.
 
     **Effects**: moves all buffers on.
     """
+    rounds, began = shelf.rounds_of_text(sizes.choose()), time.perf_counter()
     if texts.transcript.do_sample:
         rounds.buffers.load_noise(texts.noise, rounds.plan.depth)
     with stats.times.draft:
@@ -268,7 +191,7 @@ def launch_round(rounds: FixedRounds, texts: RaggedTexts, stats: SpeculationStat
     with stats.times.choice:
         report = Report(rounds.choose())
         rounds.keep()
-    return report
+    return RoundUnderWay(rounds, report, began)
 
 
 class Report:
@@ -294,6 +217,26 @@ class Report:
         return self.rows.tolist()
 
 
+@dataclass(frozen=True)
+class RoundUnderWay:
+    """
+    A round that has begun.
+
+    Args:
+        rounds ([`FixedRounds`]): Those of its size.
+        report ([`Report`]): What it chooses.
+        began (`float`): When, in seconds of a clock.
+    """
+
+    rounds: FixedRounds
+    report: Report
+    began: float
+
+    def wait(self) -> tuple[list[list[int]], float]:
+        """The rows of the report, and how many seconds the round has taken by then."""
+        return self.report.wait(), time.perf_counter() - self.began
+
+
 def record_round(
     stats: SpeculationStats, shelf: Shelf, rounds: FixedRounds, walks: Walks, texts: RaggedTexts | TextsInStep
 ) -> None:
@@ -309,22 +252,3 @@ def record_round(
     num_omitted = texts.transcript.num_omitted
     shelf.num_rows = [num_omitted + count - pads for count, pads in zip(num_read, shelf.num_pads, strict=True)]
     texts.transcript.flush()
-
-
-def root_positions(model_kwargs: dict, num_read: int) -> Tensor | int:
-    """RoPE positions of the tokens that come next, `(B,)`."""
-    if (positions := model_kwargs.get("position_ids")) is not None:
-        return positions[:, -1]
-    mask = model_kwargs.get("attention_mask")
-    return num_read if mask is None else mask.sum(dim=1) - 1
-
-
-def has_hooks(model: nn.Module) -> bool:
-    """Whether somebody listens to a model's modules; transformers' own hooks do nothing unless asked."""
-    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
-        return True
-    for module in model.modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "_hf_hook" in vars(module) or any(not str(hook.__module__).startswith("transformers.") for hook in hooks):
-            return True
-    return False

@@ -4,7 +4,6 @@ What a graph has recorded reads and writes at fixed addresses, so it lasts as lo
 they are. Of a pair the sets of the latest calls are kept, as many as a part of the device's memory holds.
 """
 
-import logging
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -12,19 +11,17 @@ from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
-from transformers.generation import EosTokenCriteria
+from torch import nn
+from transformers import PreTrainedModel
 
 from .fixed_buffers import TextBuffers
 from .fixed_rounds import Ends, FixedRounds
-from .memory import DraftMemory
+from .obstacles import give_reason
+from .prefill import Prefill
 from .sampling import stateless_warpers
 from .support import TreePlan, compile_config
 from .timing import Stopwatch
 from .transcript import Transcript
-
-logger = logging.getLogger(__name__)
 
 # Capacities are powers of two and the middles between them: a third of the slots is never used, at most.
 LEAST_CAPACITY = 256
@@ -38,7 +35,6 @@ ADAPTER_FIELDS = {"disable_adapters", "active_adapters", "merged"}
 _kept: WeakKeyDictionary[nn.Module, OrderedDict] = WeakKeyDictionary()
 # What could not be captured, and would not be another time.
 _failed: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()
-_reasons_given: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -48,17 +44,17 @@ class KeptSet:
 
     Args:
         buffers ([`TextBuffers`]): The buffers.
-        whose (`Callable`): Gives the target that the rounds are of, as long as it is there.
+        target_ref (`Callable`): Gives the target that the rounds are of, as long as it is there.
         rounds (`dict[TreePlan, FixedRounds]`): By size.
     """
 
     buffers: TextBuffers
-    whose: Callable[[], PreTrainedModel | None]
+    target_ref: Callable[[], PreTrainedModel | None]
     rounds: dict[TreePlan, FixedRounds] = field(default_factory=dict)
 
     def belongs_to(self, target: PreTrainedModel) -> bool:
         """Whether these are rounds of `target` itself, not of one that had its weights in the same place."""
-        return self.whose() is target
+        return self.target_ref() is target
 
 
 class Shelf:
@@ -66,10 +62,10 @@ class Shelf:
     The buffers of a call, and the rounds of every size on them.
 
     Args:
-        target, draft, cache, memory, draw: As for [`TextBuffers`].
+        target (`PreTrainedModel`), draft ([`Eagle3MLADraftModel`]): The pair.
         largest ([`TreePlan`]): Size of the largest trees.
-        transcript ([`Transcript`]): The text.
-        is_padded_left (`bool`): Whether padding, if there is any, stands before the texts and nowhere else.
+        transcript ([`Transcript`]): The texts.
+        prefill ([`Prefill`]): What the pair knows of them.
         stopwatch ([`Stopwatch`]): Of captures.
     """
 
@@ -79,33 +75,31 @@ class Shelf:
         draft,
         largest: TreePlan,
         transcript: Transcript,
-        cache: Cache,
-        memory: DraftMemory,
-        draw: Tensor | None,
-        is_padded_left: bool,
+        prefill: Prefill,
         stopwatch: Stopwatch,
     ):
-        self.target, self.draft, self.largest, self.cache, self.memory = target, draft, largest, cache, memory
+        self.target, self.draft, self.largest, self.prefill = target, draft, largest, prefill
         self.warpers, self.ends = stateless_warpers(transcript.logits_processor), ends_of(transcript)
-        self.draw, self.is_padded_left = draw, is_padded_left
-        self.num_rows = [count + 1 for count in memory.num_rows]  # of the draft's cache, after the coming round
-        self.num_pads = [cache.get_seq_length() - count for count in self.num_rows]
+        self.draw = transcript.noise.peek(0) if transcript.do_sample else None
+        self.num_rows = [count + 1 for count in prefill.memory.num_rows]  # of the draft, after the coming round
+        self.num_pads = [prefill.cache.get_seq_length() - count for count in self.num_rows]
         self.compile_config, self.stopwatch = compile_config(draft), stopwatch
         self.kept = _kept.setdefault(draft, OrderedDict())
         self.current_key, self.current = None, None
         self.uncaptured: dict[TreePlan, FixedRounds] = {}
-        key = (
+        self.key = (
             largest,
-            len(memory.num_rows),
-            draw is None,
+            len(self.num_rows),
+            transcript.do_sample,
             tuple(map(repr_of, self.warpers)),
             self.ends,
             (target.dtype, draft.dtype),
-            is_padded_left,
+            prefill.is_padded_left,
             repr(self.compile_config),
             torch.is_inference_mode_enabled(),  # elsewhere, its buffers could not be written
+            fingerprint(target),
+            fingerprint(draft),
         )
-        self.key = *key, fingerprint(target), fingerprint(draft)
 
     @property
     def buffers(self) -> TextBuffers:
@@ -196,7 +190,7 @@ class Shelf:
         if (self.key, size) in failed:
             return None
         rounds = self._new_rounds(size)
-        for fuses in [True, False] if self.is_padded_left and rounds.can_fuse() else [False]:
+        for fuses in [True, False] if self.prefill.is_padded_left and rounds.can_fuse() else [False]:
             try:
                 with self.stopwatch, self.buffers.unmoved():
                     rounds.capture(fuses, self.compile_config)
@@ -210,10 +204,10 @@ class Shelf:
         return None
 
     def _new(self, capacity: int) -> TextBuffers:
-        return TextBuffers(self.draft, self.largest, self.cache, self.memory, capacity, self.draw)
+        return TextBuffers(self.draft, self.largest, self.prefill, capacity, self.draw)
 
     def _new_rounds(self, size: TreePlan) -> FixedRounds:
-        return FixedRounds(self.buffers, self.target, self.draft, size, self.warpers, self.cache, self.ends)
+        return FixedRounds(self.buffers, self.target, self.draft, size, self.warpers, self.prefill.cache, self.ends)
 
 
 def capacities() -> Iterator[int]:
@@ -227,9 +221,8 @@ def capacities() -> Iterator[int]:
 
 def ends_of(transcript: Transcript) -> Ends:
     """How the sequences of a text end."""
-    eos = [each.eos_token_id for each in transcript.stopping_criteria if type(each) is EosTokenCriteria]
-    pad = transcript.pad_token_id if transcript.freezes else None
-    return Ends(tuple(torch.cat(eos).tolist()) if eos else None, None if pad is None else int(pad))
+    eos, pad = transcript.eos_token_ids, transcript.pad_token_id if transcript.freezes else None
+    return Ends(None if eos is None else tuple(eos.tolist()), None if pad is None else int(pad))
 
 
 def fingerprint(model: PreTrainedModel) -> int:
@@ -252,10 +245,3 @@ def repr_of(processor) -> str:
     # A tensor's own representation has four digits.
     numbers = {name: value.tolist() if torch.is_tensor(value) else value for name, value in fields}
     return f"{type(processor).__name__} {sorted(numbers.items())}"
-
-
-def give_reason(target: PreTrainedModel, reason: str) -> None:
-    """Says once in the log why a target's rounds have no fixed shapes."""
-    if reason not in _reasons_given:
-        _reasons_given.add(reason)
-        logger.warning("Rounds of %s are not captured as CUDA graphs: %s.", type(target).__name__, reason)

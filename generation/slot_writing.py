@@ -1,6 +1,7 @@
 """New keys and values into the slots of a fixed cache, on a GPU by one kernel for both.
 
-A compiler gets PyTorch's own operations, which it fuses itself.
+A compiler gets PyTorch's own operations, which it fuses itself. Inductor writes in place into what comes into its
+graph from outside, but copies all slots to write into a view of that.
 
 Shapes: B batch, G key-value heads, K slots, N new positions.
 """
@@ -31,6 +32,7 @@ def write_to_slots(keys: Tensor, values: Tensor, slots: Tensor, key_states: Tens
 
 def write_by_definition(keys: Tensor, values: Tensor, slots: Tensor, key_states: Tensor, value_states: Tensor) -> None:
     """As [`write_to_slots`]."""
-    rows = torch.arange(len(slots), device=slots.device)[:, None].expand_as(slots)
-    keys.transpose(1, 2).index_put_((rows, slots), key_states.transpose(1, 2))
-    values.transpose(1, 2).index_put_((rows, slots), value_states.transpose(1, 2))
+    rows = torch.arange(keys.shape[0], device=keys.device)[:, None, None]
+    heads = torch.arange(keys.shape[1], device=keys.device)[:, None]
+    keys.index_put_((rows, heads, slots[:, None]), key_states)
+    values.index_put_((rows, heads, slots[:, None]), value_states)

@@ -9,9 +9,8 @@ Shapes: V tokens.
 import torch
 from torch import Tensor
 
-from .kernels import can_run_kernels
+from .kernels import HALF_PRECISION, can_run_kernels
 
-KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The kernels take the best one after the other, and hold those of all parts of the vocabulary at once.
 MOST_BEST = 32
 MOST_SCORES = 2**18
@@ -41,7 +40,9 @@ def best_scores(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def runs_on_triton(scores: Tensor, top_k: int) -> bool:
-    is_supported = scores.is_cuda and scores.dtype in KERNEL_DTYPES and scores.shape[-1] <= MOST_SCORES
+    is_supported = (
+        scores.is_cuda and scores.dtype in (torch.float32, *HALF_PRECISION) and scores.shape[-1] <= MOST_SCORES
+    )
     return is_supported and top_k <= MOST_BEST and can_run_kernels()
 
 

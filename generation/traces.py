@@ -5,7 +5,7 @@ tree, and the position is the node after which the token was emitted: its states
 those over the committed tokens and the node's path, in this order. Of a sliding-window layer plain generation shows
 the window alone; a tree sees the windows of all its nodes.
 
-Shapes: B batch, N nodes, P nodes on a path, H heads, K keys of the forward, D the target's hidden.
+Shapes: B batch, T tokens, N nodes, P nodes on a path, H heads, K keys of the forward, D the target's hidden.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
+
+from .branching import layer_kinds
 
 
 @dataclass
@@ -113,7 +115,6 @@ def attention_of(weights: Tensor, path: Tensor, window: int | None) -> Tensor:
 
 def windows(target: PreTrainedModel, cache: Cache) -> list[int | None]:
     """How many keys each of the target's layers sees in plain generation at most; `None`: all that there are."""
-    config = target.config.get_text_config(decoder=True)
-    kinds = getattr(config, "layer_types", None) or ["the only one"] * config.num_hidden_layers
+    kinds = layer_kinds(target.config.get_text_config(decoder=True))
     layers = [cache.layers[kinds.index(kind)] for kind in kinds]
     return [layer.sliding_window if layer.is_sliding else None for layer in layers]

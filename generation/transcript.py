@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import MaxLengthCriteria
+from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from .sampling import DEVICES, Noise, check_distribution, choose_token, default_generator
@@ -62,6 +62,12 @@ class Transcript:
     def max_length(self) -> int:
         """Tokens that the least of the length limits allows; `stopping_criteria.max_length` is the first one."""
         return min(each.max_length for each in self.stopping_criteria if type(each) is MaxLengthCriteria)
+
+    @property
+    def eos_token_ids(self) -> Tensor | None:
+        """The tokens by which transformers' own criteria end a sequence; `None`: there are none."""
+        ids = [each.eos_token_id for each in self.stopping_criteria if type(each) is EosTokenCriteria]
+        return torch.cat(ids).to(self.input_ids.device) if ids else None
 
     @property
     def max_new_tokens(self) -> int:

@@ -12,7 +12,7 @@ Shapes: B batch, N tree nodes, H query heads, G key-value heads, K slots, d and 
 import torch
 from torch import Tensor
 
-from .latent_attention import has_triton
+from .kernels import has_triton
 
 # Wider heads do not fit into the shared memory of a multiprocessor.
 MAX_HEAD_DIM = 256
@@ -23,7 +23,7 @@ def attend_tree(
     keys: Tensor,
     values: Tensor,
     lengths: Tensor,
-    first: Tensor,
+    first_slots: Tensor,
     attends: Tensor,
     depths: Tensor,
     scaling: float,
@@ -43,7 +43,7 @@ def attend_tree(
         values (`torch.Tensor` of shape `(B, G, K, dv)`): Their values.
         lengths (integer `torch.Tensor` of shape `(B,)`): Committed tokens of each row, padding included; node i lies
             in slot `lengths + i`. At most `K - N`.
-        first (integer `torch.Tensor` of shape `(B,)`): The first slot of each row that is not padding.
+        first_slots (integer `torch.Tensor` of shape `(B,)`): The first slot of each row that is not padding.
         attends (boolean `torch.Tensor` of shape `(B, N, N)`): Whether a node (row) attends to a node (column).
         depths (integer `torch.Tensor` of shape `(B, N)`): Steps of each node from the root. Parents come
             before their children, so that a node's depth is at most its index.
@@ -56,7 +56,7 @@ def attend_tree(
     Returns:
         `torch.Tensor` of shape `(B, H, N, dv)` in the type of the query: zeros for a node that sees nothing.
     """
-    arguments = query, keys, values, lengths, first, attends, depths, scaling, window, softcap, sinks
+    arguments = query, keys, values, lengths, first_slots, attends, depths, scaling, window, softcap, sinks
     if not runs_on_triton(query, values):
         return attend_tree_by_definition(*arguments)
     from .tree_attention_triton import attend
@@ -75,7 +75,7 @@ def attend_tree_by_definition(
     keys: Tensor,
     values: Tensor,
     lengths: Tensor,
-    first: Tensor,
+    first_slots: Tensor,
     attends: Tensor,
     depths: Tensor,
     scaling: float,
@@ -90,21 +90,21 @@ def attend_tree_by_definition(
     scores = torch.einsum("bghnd,bgkd->bghnk", grouped, keys.to(dtype)) * scaling
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
-    visible = visible_slots(num_slots, lengths, first, attends, depths, window)
+    visible = visible_slots(num_slots, lengths, first_slots, attends, depths, window)
     scores = scores.masked_fill(~visible[:, None, None], float("-inf"))
     lse = scores.logsumexp(dim=-1, keepdim=True)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.to(dtype).view(num_groups, -1, 1, 1))
     probs = (scores - lse.masked_fill(lse.isneginf(), 0.0)).exp()
     # Slots that hold no text may hold anything, and a product of zero and NaN is NaN.
-    is_text = filled_slots(num_slots, lengths, first, depths.shape[1])
+    is_text = filled_slots(num_slots, lengths, first_slots, depths.shape[1])
     values = values.to(dtype).masked_fill(~is_text[:, None, :, None], 0.0)
     output = torch.einsum("bghnk,bgkd->bghnd", probs, values)
     return output.flatten(1, 2).to(query.dtype)
 
 
 def visible_slots(
-    num_slots: int, lengths: Tensor, first: Tensor, attends: Tensor, depths: Tensor, window: int | None
+    num_slots: int, lengths: Tensor, first_slots: Tensor, attends: Tensor, depths: Tensor, window: int | None
 ) -> Tensor:
     """Whether a node sees a slot, `(B, N, K)`."""
     num_nodes = depths.shape[1]
@@ -117,10 +117,10 @@ def visible_slots(
         node_position = lengths[:, None] + depths
         position = torch.where(node < 0, slot, node_position.gather(1, nearest_node))
         visible = visible & (node_position[:, :, None] - position[:, None] < window)
-    return visible & filled_slots(num_slots, lengths, first, num_nodes)[:, None]
+    return visible & filled_slots(num_slots, lengths, first_slots, num_nodes)[:, None]
 
 
-def filled_slots(num_slots: int, lengths: Tensor, first: Tensor, num_nodes: int) -> Tensor:
+def filled_slots(num_slots: int, lengths: Tensor, first_slots: Tensor, num_nodes: int) -> Tensor:
     """Whether a slot holds a committed token or a node, `(B, K)`."""
     slot = torch.arange(num_slots, device=lengths.device)
-    return (slot >= first[:, None]) & (slot < lengths[:, None] + num_nodes)
+    return (slot >= first_slots[:, None]) & (slot < lengths[:, None] + num_nodes)

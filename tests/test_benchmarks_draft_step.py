@@ -1,24 +1,17 @@
 """The benchmark of a draft step: all variants of one attention type compute the same."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from reference_benchmarks import benchmark
 
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADecoderLayer
 
-ROOT = Path(__file__).resolve().parents[1]
-
 
 @pytest.fixture
-def draft_step(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("draft_step")
-    for name in ("draft_step", "harness"):
-        sys.modules.pop(name)
+def draft_step():
+    with benchmark("draft_step") as module:
+        yield module
 
 
 def make_step(draft_step, rope_dim: int, width: int):

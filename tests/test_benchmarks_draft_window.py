@@ -1,25 +1,18 @@
 """The benchmark of the draft's window: its prompts, what it counts, and a table that several processes measure."""
 
-import importlib
-import json
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from reference_benchmarks import NANO_TARGET, ROOT, ask_for, benchmark, read_table, write_prompts
 from transformers import AutoTokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
-NANO_TARGET = ROOT / "examples" / "nano-target"
 
 
 @pytest.fixture
-def draft_window(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("draft_window")
-    for name in ("draft_window", "trees", "eagle2", "harness"):
-        sys.modules.pop(name)
+def draft_window():
+    with benchmark("draft_window") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -27,12 +20,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(NANO_TARGET)
 
 
-def chat(name: str) -> list[dict]:
-    answer = f"def {name}(x):\n    return x"
-    return [{"role": "user", "content": f"Write `{name}(x)`."}, {"role": "assistant", "content": answer}]
-
-
-CHATS = [chat(name) for name in ("alpha", "beta", "gamma", "delta")]
+CHATS = [ask_for(name) for name in ("alpha", "beta", "gamma", "delta")]
 
 
 def test_a_joined_prompt_ends_before_the_last_answer_that_fits(draft_window, tokenizer):
@@ -74,11 +62,8 @@ def test_a_row_is_the_mean_over_the_sources_and_the_largest_cache(draft_window):
 
 
 def test_a_table_of_sources_measured_apart_is_put_together_without_measuring(draft_window, tmp_path, monkeypatch):
-    rows = [
-        {"source": source, "messages": chat(f"{source}_{number}")} for source in ("one", "two") for number in range(3)
-    ]
-    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "table.md"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = {source: [ask_for(f"{source}_{number}") for number in range(3)] for source in ("one", "two")}
+    prompts, output = write_prompts(tmp_path / "prompts.jsonl", chats), tmp_path / "table.md"
     monkeypatch.setattr(draft_window, "WINDOWS", (None, 4))
     seen = []
     monkeypatch.setattr(draft_window, "generate", spy_on_window(draft_window.generate, seen))
@@ -96,11 +81,7 @@ def test_a_table_of_sources_measured_apart_is_put_together_without_measuring(dra
     assert not output.exists()
     monkeypatch.setattr(draft_window, "generate", None)
     command()
-    header, *table = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in output.read_text().splitlines()
-        if line.startswith("| ")
-    ]
+    header, *table = read_table(output)
     assert header[3:] == ["one", "two", "cache, bytes", "equal texts"]
     assert [row[1] for row in table] == ["off", "4"] * 2
     assert [row[0].split(",")[0] for row in table] == ["joined to 80"] * 2 + ["held-out"] * 2

@@ -1,22 +1,15 @@
 """The benchmark of the host's share: both loops do the same work, and what is counted is what happened."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from reference_benchmarks import benchmark
 from reference_generation import TARGETS, make_draft, make_prompt
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
-def host_share(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("host_share")
-    for name in ("host_share", "trees", "eagle2", "harness"):
-        sys.modules.pop(name)
+def host_share():
+    with benchmark("host_share") as module:
+        yield module
 
 
 @pytest.fixture

@@ -1,25 +1,21 @@
 """The benchmark of rounds: bytes and limits are those of the formulas, and a tiny table has all its rows."""
 
-import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from reference_benchmarks import benchmark, read_table
 
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
 
-ROOT = Path(__file__).resolve().parents[1]
 EAGER_WAYS = ["plain-eager", "prompt-lookup", "ours-eager", "ours-captured"]
 
 
 @pytest.fixture
-def rounds(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("rounds")
-    for name in ("rounds", "pairs", "harness"):
-        sys.modules.pop(name)
+def rounds():
+    with benchmark("rounds") as module:
+        yield module
 
 
 def make_llama_8b_pair(rounds, **fields):
@@ -92,7 +88,7 @@ def test_a_tiny_table_has_all_rows(rounds, tmp_path, monkeypatch):
     monkeypatch.setattr(rounds, "MAX_PAIRS", 1)
     monkeypatch.setattr(sys, "argv", ["rounds.py", "--small", *sizes, *tree, "--ways", *EAGER_WAYS])
     rounds.main()
-    table = [line.strip("| ").split(" | ") for line in output.read_text().splitlines() if line.startswith("| ")]
+    table = read_table(output)
     assert [row[0] for row in table[1:]] == [rounds.WAYS[way] for way in EAGER_WAYS]
     assert {len(row) for row in table} == {len(rounds.COLUMNS)}
     assert all(float(row[3].strip("*")) > 0 for row in table[1:])

@@ -1,23 +1,16 @@
 """The benchmark of a chat's second turn: its prompts, what the draft knows in each of its ways, and its table."""
 
-import importlib
-import json
 import sys
-from pathlib import Path
 
 import pytest
+from reference_benchmarks import NANO_TARGET, ROOT, ask_for, benchmark, read_table, write_prompts
 from transformers import AutoTokenizer
-
-ROOT = Path(__file__).resolve().parents[1]
-NANO_TARGET = ROOT / "examples" / "nano-target"
 
 
 @pytest.fixture
-def second_turn(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("second_turn")
-    for name in ("second_turn", "draft_window", "trees", "eagle2", "harness"):
-        sys.modules.pop(name)
+def second_turn():
+    with benchmark("second_turn") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +18,7 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(NANO_TARGET)
 
 
-def chat(name: str) -> list[dict]:
-    answer = f"def {name}(x):\n    return x"
-    return [{"role": "user", "content": f"Write `{name}(x)`."}, {"role": "assistant", "content": answer}]
-
-
-ALPHA, BETA = chat("alpha"), chat("beta")
+ALPHA, BETA = ask_for("alpha"), ask_for("beta")
 
 
 @pytest.mark.parametrize("is_ended", [True, False], ids=["ended", "cut"])
@@ -49,10 +37,8 @@ def test_the_second_prompt_is_the_rendered_chat(second_turn, tokenizer, is_ended
 
 
 def test_a_table_says_what_the_draft_knew_and_is_not_measured_twice(second_turn, tmp_path, monkeypatch):
-    names = {source: [chat(f"{source}_{number}") for number in (1, 2)] for source in ("one", "two")}
-    rows = [{"source": source, "messages": messages} for source, chats in names.items() for messages in chats]
-    prompts, output, known = tmp_path / "prompts.jsonl", tmp_path / "table.md", []
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = {source: [ask_for(f"{source}_{number}") for number in (1, 2)] for source in ("one", "two")}
+    prompts, output, known = write_prompts(tmp_path / "prompts.jsonl", chats), tmp_path / "table.md", []
     monkeypatch.setattr(second_turn, "generate", spy_on_rows(second_turn.generate, known))
 
     def command(*extra: str) -> None:
@@ -69,11 +55,7 @@ def test_a_table_says_what_the_draft_knew_and_is_not_measured_twice(second_turn,
     assert_known_rows(known[12:])
     monkeypatch.setattr(second_turn, "generate", None)
     command()
-    header, *table = [
-        [cell.strip() for cell in line.strip("|").split("|")]
-        for line in output.read_text().splitlines()
-        if line.startswith("| ")
-    ]
+    header, *table = read_table(output)
     assert header[4:] == ["one", "two", "tokens", "equal texts"]
     assert [row[:2] for row in table] == [["chain of 7", "another"]] * 4 + [["tree of 16", "another"]] * 4
     assert [row[2] for row in table] == ["first", "second, anew", "second, remembered", "second, forgotten"] * 2

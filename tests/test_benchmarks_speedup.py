@@ -1,22 +1,16 @@
 """The benchmark of speed: what is counted, what is computed, and a tiny twin whose texts are all equal."""
 
-import importlib
-import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
+from reference_benchmarks import NANO_TARGET, ROOT, ask_for, benchmark, read_table, write_prompts
 
 
 @pytest.fixture
-def speedup(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("speedup")
-    for name in ("speedup", "pairs", "harness", "trees", "eagle2", "twin", "widening", "widening_layers"):
-        sys.modules.pop(name)
+def speedup():
+    with benchmark("speedup") as module:
+        yield module
 
 
 def test_padding_behind_the_end_counts_nowhere(speedup):
@@ -57,19 +51,15 @@ def test_plain_generation_is_measured_before_what_is_compared_with_it(speedup):
 
 
 def test_a_tiny_twin_says_the_same_texts(speedup, tmp_path, monkeypatch):
-    rows = [
-        {"source": source, "messages": [{"role": "user", "content": f"Write `{source}(x)`."}, {"role": "assistant"}]}
-        for source in ("first", "second")
-    ]
-    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "speedup.md"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    models = ["--target", str(ROOT / "examples" / "nano-target"), "--draft", str(ROOT), "--prompts", str(prompts)]
+    chats = {source: [ask_for(source)] for source in ("first", "second")}
+    prompts, output = write_prompts(tmp_path / "prompts.jsonl", chats), tmp_path / "speedup.md"
+    models = ["--target", str(NANO_TARGET), "--draft", str(ROOT), "--prompts", str(prompts)]
     sizes = ["--batch-sizes", "1", "--num-samples", "1", "--prompt-length", "32", "--max-new-tokens", "8"]
     tree = ["--num-nodes", "6", "--top-k", "3", "--depth", "2", "--output", str(output)]
     ways = ["--ways", "plain-static", "ours-captured"]
     monkeypatch.setattr(sys, "argv", ["speedup.py", "--small", *models, *sizes, *tree, *ways])
     speedup.main()
-    table = [line.strip("| ").split(" | ") for line in output.read_text().splitlines() if line.startswith("| ")]
+    table = read_table(output)
     assert table[0][5:] == ["first", "second", "equal texts"]
     assert len(table) == 1 + 2 * 2
     assert {row[-1] for row in table[1:]} == {"2 of 2"}

@@ -1,44 +1,32 @@
 """The benchmark of trees: its table, what it keeps, and that it does not mix results of two requests."""
 
-import importlib
-import json
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from reference_benchmarks import NANO_TARGET, ROOT, ask_for, benchmark, read_table, write_prompts
 
 
 @pytest.fixture
-def trees(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    module = importlib.import_module("trees")
-    yield module
-    for name in ("trees", "eagle2", "harness"):
-        sys.modules.pop(name)
+def trees():
+    with benchmark("trees") as module:
+        yield module
 
 
 @pytest.fixture
 def run(trees, tmp_path, monkeypatch):
     """Runs the command on the embedded target, with few shapes and two sources; returns the rows of its table."""
-    rows = [
-        {"source": source, "messages": [{"role": "user", "content": f"Write `{source}(x)`."}, {"role": "assistant"}]}
-        for source in ("first", "second", "first")
-    ]
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chats = {"first": [ask_for("first")] * 2, "second": [ask_for("second")]}
+    prompts = write_prompts(tmp_path / "prompts.jsonl", chats)
     monkeypatch.setattr(trees, "SHAPES", [(2, 1, 2), (6, 3, 2)])
     monkeypatch.setattr(trees, "REFERENCE_SHAPES", [(6, 3, 2)])
     output = tmp_path / "trees.md"
 
     def command(*extra: str) -> list[list[str]]:
-        models = ["--target", str(ROOT / "examples" / "nano-target"), "--draft", str(ROOT)]
+        models = ["--target", str(NANO_TARGET), "--draft", str(ROOT)]
         paths = ["--prompts", str(prompts), "--output", str(output), "--work-dir", str(tmp_path / "work")]
         monkeypatch.setattr(sys, "argv", ["trees.py", *models, *paths, "--max-new-tokens", "16", *extra])
         trees.main()
-        table = [line for line in output.read_text().splitlines() if line.startswith("| ")]
-        return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+        return read_table(output)
 
     return command
 

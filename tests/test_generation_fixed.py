@@ -34,11 +34,12 @@ from transformers import (
     StoppingCriteria,
 )
 
-from eagle3_mla.generation import capture, fixed_rounds, ragged, runtime, shelf
+from eagle3_mla.generation import capture, fixed_rounds, obstacles, ragged, runtime, shelf
 from eagle3_mla.generation.drafting import draft_tree
 from eagle3_mla.generation.fixed_cache import FixedCache
 from eagle3_mla.generation.fixed_memory import FixedMemory
 from eagle3_mla.generation.memory import DraftMemory
+from eagle3_mla.generation.prefill import is_padded_left
 from eagle3_mla.generation.support import TreePlan
 
 SHAPES = {"chain": (5, 1, 5), "tree": (12, 3, 4)}
@@ -205,8 +206,8 @@ def test_padding_is_on_the_left_whatever_the_type_of_the_mask(dtype):
     """Kernels that ask for nothing but the first token of a sequence must not be told of another padding."""
     masks = {(1, 1, 1, 1): True, (0, 0, 1, 1): True, (1, 0, 1, 1): False, (1, 1, 1, 0): False, (0, 0, 0, 0): False}
     for mask, is_left in masks.items():
-        assert runtime.is_padded_left(torch.tensor([mask], dtype=dtype)) == is_left
-    assert runtime.is_padded_left(None)
+        assert is_padded_left(torch.tensor([mask], dtype=dtype)) == is_left
+    assert is_padded_left(None)
 
 
 def test_sequences_without_limit_of_time_end_where_time_ends(llama):
@@ -429,7 +430,7 @@ OBSTACLES = {
 
 @pytest.mark.parametrize("reason", OBSTACLES)
 def test_log_says_once_why_shapes_vary(llama, reason, caplog, monkeypatch, ways):
-    monkeypatch.setattr(shelf, "_reasons_given", set())
+    monkeypatch.setattr(obstacles, "_reasons_given", set())
     knobs, settings = OBSTACLES[reason]
     draft, prompt = make_fixed(llama), make_prompt(6)
     draft.generation_config.update(**knobs)
@@ -443,7 +444,7 @@ def test_log_says_once_why_shapes_vary(llama, reason, caplog, monkeypatch, ways)
 
 
 def test_hooks_autocast_and_targets_without_masks_take_the_other_loop(llama, caplog, monkeypatch, ways):
-    monkeypatch.setattr(shelf, "_reasons_given", set())
+    monkeypatch.setattr(obstacles, "_reasons_given", set())
     hook = llama.model.layers[1].register_forward_hook(lambda *arguments: None)
     try:
         assert_same_call(llama, make_fixed(llama), make_prompt(6), do_sample=False)
@@ -476,7 +477,7 @@ class ScalingCache(DynamicCache):
 
 
 def test_caches_with_ways_of_their_own_take_the_other_loop(llama, caplog, monkeypatch, ways):
-    monkeypatch.setattr(shelf, "_reasons_given", set())
+    monkeypatch.setattr(obstacles, "_reasons_given", set())
     target, prompt = TARGETS["mistral-window-8"]().eval(), make_prompts([9, 5])
     recording = DynamicCache(config=target.config)
     recording.activate_past_recording()
@@ -743,7 +744,7 @@ def test_processors_that_differ_in_the_fifth_digit_are_told_apart():
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
 def test_model_that_asks_the_device_takes_the_other_loop(do_sample, caplog, monkeypatch, graphs):
     """Where a recording breaks off, PyTorch takes the next random numbers for a part of it, and raises."""
-    monkeypatch.setattr(shelf, "_reasons_given", set())
+    monkeypatch.setattr(obstacles, "_reasons_given", set())
     target = TARGETS["llama"]().eval().cuda()
     mlp = target.model.layers[1].mlp
     forward = mlp.forward

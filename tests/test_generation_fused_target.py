@@ -79,7 +79,7 @@ def test_other_threads_run_the_target_as_it_is_while_a_graph_is_recorded(impleme
     expected, found = target(**prompt).logits, []
     view = TreeInSlots(*(torch.zeros(2, dtype=torch.long) for _ in range(4)), windows={"the only one": None})
     with tree_attention(target, view, is_compiled=False):
-        assert target.config._attn_implementation == fused_target.NAME
+        assert target.config._attn_implementation == fused_target.TREE_ATTENTION
         thread = threading.Thread(target=lambda: found.append(target(**prompt).logits))
         thread.start()
         thread.join()
@@ -282,5 +282,5 @@ def test_another_version_of_the_package_has_its_own_attention():
     finally:
         del sys.modules[name]
     interface = AttentionInterface()
-    assert interface[fused_target.NAME] is fused_target.attend_to_tree
-    assert interface[other.NAME] is other.attend_to_tree
+    assert interface[fused_target.TREE_ATTENTION] is fused_target.attend_to_tree
+    assert interface[other.TREE_ATTENTION] is other.attend_to_tree

@@ -68,7 +68,7 @@ def random_inputs(shape, dtype: torch.dtype, device: str = "cpu") -> dict:
         "lengths": lengths,
         "scaling": query_dim**-0.5,
         "drafted": DraftedSlots(sees.to(device), integers(0, num_slots, batch_size, num_drafted)),
-        "first": integers(0, 1 + num_slots // 9, batch_size) if is_padded else None,
+        "first_slots": integers(0, 1 + num_slots // 9, batch_size) if is_padded else None,
     }
 
 
@@ -84,7 +84,7 @@ def compare_with_kernels(shape, dtype: torch.dtype, device: str) -> None:
 
     inputs = random_inputs(shape, dtype, device)
     expected = attend_by_definition(**in_double(inputs))
-    error = (attend(**inputs).double() - expected).abs().max()
+    error = (attend(*inputs.values()).double() - expected).abs().max()
     assert error <= TOLERANCES[dtype] * expected.abs().max().clamp(min=0.5)
 
 
@@ -174,14 +174,14 @@ def test_the_definition_is_the_attention_of_the_model(rope, num_padding):
         lengths=torch.tensor([7 + num_padding], dtype=torch.int32),
         scaling=attention.scaling,
         drafted=DraftedSlots(inputs["sees"], positions),
-        first=torch.tensor([num_padding], dtype=torch.int32),
+        first_slots=torch.tensor([num_padding], dtype=torch.int32),
     )
     torch.testing.assert_close(heads, expected, atol=1e-12, rtol=1e-12)
 
 
 def test_a_row_that_sees_nothing_gets_zeros():
     inputs = random_inputs(SMALL_SHAPES["decoupled"], torch.float32)
-    inputs["first"] = inputs["lengths"].clone()
+    inputs["first_slots"] = inputs["lengths"].clone()
     assert attend_latents(**inputs).eq(0).all()
 
 
@@ -204,11 +204,11 @@ def test_positions_far_into_a_text_are_as_exact_as_near_ones():
 
     inputs = random_inputs(SMALL_SHAPES["rotated"], torch.float32)
     # Only the drafted slots are held, far apart.
-    inputs["first"] = inputs["lengths"] - 6
+    inputs["first_slots"] = inputs["lengths"] - 6
     positions = torch.tensor([[131071, 131050, 99999, 65536, 65535, 17]] * 2, dtype=torch.int32)
     inputs["drafted"] = replace(inputs["drafted"], positions=positions)
     expected = attend_by_definition(**in_double(inputs))
-    torch.testing.assert_close(attend(**inputs).double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attend(*inputs.values()).double(), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
@@ -219,7 +219,7 @@ def test_lengths_that_are_a_view_do_not_pass_for_padding():
     inputs = random_inputs(SMALL_SHAPES["rotated-one-slot"], torch.float32)
     expected = attend_by_definition(**in_double(inputs))
     inputs["lengths"] = inputs["lengths"].repeat_interleave(2)[::2]
-    torch.testing.assert_close(attend(**inputs).double(), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(attend(*inputs.values()).double(), expected, atol=1e-5, rtol=0)
 
 
 def on_gpu(dtype: torch.dtype = torch.bfloat16, width: int = 64):

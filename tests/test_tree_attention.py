@@ -78,7 +78,7 @@ def random_case(shape: Shape, dtype: torch.dtype = torch.float64) -> tuple[dict,
         "keys": random_buffer(shape, shape.key_dim, dtype),
         "values": random_buffer(shape, shape.value_dim, dtype),
         "lengths": torch.tensor(shape.lengths),
-        "first": torch.tensor(shape.first),
+        "first_slots": torch.tensor(shape.first),
         "attends": attends,
         "depths": depths,
         "scaling": 2 * shape.key_dim**-0.5,
@@ -89,7 +89,7 @@ def random_case(shape: Shape, dtype: torch.dtype = torch.float64) -> tuple[dict,
 def attend_paths(arguments: dict, parents: torch.Tensor, window=None, softcap=None, sinks=None) -> torch.Tensor:
     """For each node a softmax over the committed tokens and its ancestors, one number at a time."""
     query, keys, values = (arguments[name] for name in ("query", "keys", "values"))
-    lengths, first = arguments["lengths"].tolist(), arguments["first"].tolist()
+    lengths, first = arguments["lengths"].tolist(), arguments["first_slots"].tolist()
     batch_size, num_heads, num_nodes, _ = query.shape
     output = query.new_zeros(batch_size, num_heads, num_nodes, values.shape[-1])
     for row, row_parents in enumerate(parents.tolist()):

@@ -1,12 +1,11 @@
 """Twins: the large models compute what the small ones compute, in fp64, and their matrices are not empty."""
 
-import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from reference_benchmarks import NANO_TARGET, ROOT, benchmark
 from reference_generation import set_tree
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -14,7 +13,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
 
-ROOT = Path(__file__).resolve().parents[1]
 SHAPE = {
     "vocab_size": 31,
     "hidden_size": 24,
@@ -88,11 +86,9 @@ DRAFTS = {
 
 
 @pytest.fixture
-def twin(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    yield importlib.import_module("twin")
-    for name in ("twin", "widening", "widening_layers"):
-        sys.modules.pop(name)
+def twin():
+    with benchmark("twin") as module:
+        yield module
 
 
 @pytest.fixture(autouse=True)
@@ -222,16 +218,15 @@ def test_a_twin_writes_and_accepts_what_the_small_models_do(twin, name, settings
 
 def test_the_command_makes_a_twin_of_the_released_head(twin, tmp_path, monkeypatch, capsys):
     """In fp32, with the weights as they are loaded by whoever measures: trained ones, which accept something."""
-    nano_target = ROOT / "examples" / "nano-target"
     sizes = "--hidden-size 512 --intermediate-size 640 --num-hidden-layers 10 --num-attention-heads 8"
     sizes += " --num-key-value-heads 2 --head-dim 128 --mla-latent-dim 128 --dtype float32 --device cpu"
-    paths = ["--target-model-path", str(nano_target), "--draft-checkpoint", str(ROOT), "--output-dir", str(tmp_path)]
+    paths = ["--target-model-path", str(NANO_TARGET), "--draft-checkpoint", str(ROOT), "--output-dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["twin.py", *paths, *sizes.split()])
     twin.main()
     assert "model.layers.*.self_attn.o_proj.weight" in capsys.readouterr().out
     messages = [{"role": "user", "content": "What does the module heapq do?"}]
     answers = []
-    for target_path, draft_path in [(nano_target, ROOT), (tmp_path / "target", tmp_path / "draft")]:
+    for target_path, draft_path in [(NANO_TARGET, ROOT), (tmp_path / "target", tmp_path / "draft")]:
         inputs = AutoTokenizer.from_pretrained(target_path).apply_chat_template(
             messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
         )

@@ -1,0 +1,101 @@
+"""Whether the rounds of a call can have fixed shapes, and what the log says where they cannot."""
+
+import logging
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .chunks import ChunkLimit
+from .probing import can_branch
+from .rope import ReadingLimits, rope_lengths
+from .support import TreePlan, draft_window, fixed_shapes
+from .traces import Traces
+from .transcript import Transcript
+
+logger = logging.getLogger(__name__)
+
+# Inputs of a target that rounds at fixed shapes give it, or that say nothing about single tokens.
+KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+KNOWN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
+_reasons_given: set[str] = set()
+
+
+def takes_fixed_shapes(
+    target: PreTrainedModel,
+    draft,
+    plan: TreePlan,
+    transcript: Transcript,
+    limits: ReadingLimits,
+    traces: Traces,
+    model_kwargs: dict,
+) -> bool:
+    """
+    Whether the rounds of a call have fixed shapes: on CUDA where possible, or as `fixed_shapes` says.
+
+    **Effects**: where they are wanted but not possible, the log says why, once.
+    """
+    wanted = fixed_shapes(draft)
+    if not (target.device.type == "cuda" if wanted is None else wanted):
+        return False
+    reason = why_shapes_vary(target, draft, plan, transcript, limits, traces, model_kwargs)
+    if reason is not None:
+        give_reason(target, reason)
+    return reason is None
+
+
+def why_shapes_vary(
+    target: PreTrainedModel,
+    draft,
+    plan: TreePlan,
+    transcript: Transcript,
+    limits: ReadingLimits,
+    traces: Traces,
+    model_kwargs: dict,
+) -> str | None:
+    """Why the rounds of a call cannot have fixed shapes; `None` if they can."""
+    devices = {parameter.device for parameter in target.parameters()} | {draft.device, transcript.input_ids.device}
+    unknown = {name for name, value in model_kwargs.items() if value is not None} - KNOWN_INPUTS
+    positions, cache = model_kwargs.get("position_ids"), model_kwargs["past_key_values"]
+    reasons = {
+        "nothing is drafted": plan.depth == 0,
+        "`assistant_confidence_threshold` is set": plan.confidence_threshold is not None,
+        "`draft_window` is set": draft_window(draft) is not None,
+        "hidden states or attentions are wanted": traces.are_wanted,
+        f"models and text are on several devices: {', '.join(sorted(map(str, devices)))}": len(devices) > 1,
+        f"the target has inputs besides the usual ones: {', '.join(sorted(unknown))}": bool(unknown),
+        f"beyond some length {ChunkLimit.of(target).reason}": ChunkLimit.of(target).num_tokens is not None,
+        "the target's RoPE factors may change with the length of the text": limits.are_reached(transcript)
+        or any(rope_lengths(target.config.get_text_config(decoder=True))),
+        "positions have several axes": positions is not None and positions.dim() != 2,
+        "the target's windows are to record their past": any(
+            getattr(each, "record_past", False) for each in cache.layers
+        ),
+        "the target's cache is of a kind of its own": type(cache) is not DynamicCache
+        or not {type(layer) for layer in cache.layers} <= KNOWN_LAYERS,
+        "autocast is on, whose copies of weights end with it": torch.is_autocast_enabled(target.device.type),
+        "the target or the draft has hooks, which a graph would not call": has_hooks(target) or has_hooks(draft),
+    }
+    applying = [reason for reason, applies in reasons.items() if applies]
+    if not applying and not can_branch(target):
+        return "the target takes no masks of its own"
+    return applying[0] if applying else None
+
+
+def has_hooks(model: nn.Module) -> bool:
+    """Whether somebody listens to a model's modules; transformers' own hooks do nothing unless asked."""
+    if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
+        return True
+    for module in model.modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if "_hf_hook" in vars(module) or any(not str(hook.__module__).startswith("transformers.") for hook in hooks):
+            return True
+    return False
+
+
+def give_reason(target: PreTrainedModel, reason: str) -> None:
+    """Says once in the log why a target's rounds have no fixed shapes."""
+    if reason not in _reasons_given:
+        _reasons_given.add(reason)
+        logger.warning("Rounds of %s are not captured as CUDA graphs: %s.", type(target).__name__, reason)
