@@ -4,6 +4,7 @@ A way is one of `WAYS`; the keys are what tables and command lines say.
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,11 +53,22 @@ class TreeShape:
     depth: int = 8
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """How an argument is read that must be a whole number from `least` on."""
+
+    def whole_number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    return whole_number
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """What all of them are told: the trees of our ways, and for how long to measure."""
-    parser.add_argument("--num-nodes", type=int, default=TreeShape.num_nodes)
-    parser.add_argument("--top-k", type=int, default=TreeShape.top_k)
-    parser.add_argument("--depth", type=int, default=TreeShape.depth)
+    parser.add_argument("--num-nodes", type=at_least(1), default=TreeShape.num_nodes)
+    parser.add_argument("--top-k", type=at_least(1), default=TreeShape.top_k)
+    parser.add_argument("--depth", type=at_least(1), default=TreeShape.depth)
     parser.add_argument("--time-limit", type=float, default=200.0, help="seconds after which no further row begins")
 
 

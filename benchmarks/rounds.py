@@ -9,6 +9,9 @@ Draft, verify and accept are times of the device's stream, host is the rest of t
 read at the measured bandwidth of a copy: the target's weights without its embeddings, for each step of drafting the
 head's, `fc` once, and both caches of the context as often. The small assistant of transformers' loop has the shape of
 Llama-3.2-1B and proposes 5 tokens; these are not in its limit. Peak memory includes the prompt's pass.
+The first call is a row's warm-up, in which graphs are captured and, where a row is compiled, models before them. What
+Inductor finds in its cache on disk (`TORCHINDUCTOR_CACHE_DIR`) is not compiled again: an empty one shows what
+compiling costs the first time, a second run what it costs later.
 """
 
 import argparse
@@ -38,6 +41,7 @@ from pairs import (
     WAYS,
     TreeShape,
     add_arguments,
+    at_least,
     check_captured,
     context_bytes,
     forget_compiled,
@@ -75,7 +79,16 @@ COLUMNS = [
     "host's share",
 ]
 COLUMNS += ["weights, GB", "caches, GB", "limit, ms", "multiple", "peak memory, GB", "tokens per call"]
+COLUMNS += ["first call, s"]
 Cell = tuple[int, int]  # batch size, prompt length
+
+
+# Of a long call: a short one has two at least, because the first token is the prompt's.
+LEAST_NEW_TOKENS = 3
+
+
+class NoFurtherCallsError(RuntimeError):
+    """A long call took no more calls of the target than a short one, so that there is nothing to divide by."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +109,37 @@ class Measured:
     stages: tuple[float, ...] = ()
 
     def per_call_after(self, short: "Measured") -> list[float]:
-        """Of what this call does beyond a shorter one: milliseconds per call, of its stages, and tokens per call."""
+        """
+        Of what this call does beyond a shorter one: milliseconds per call, of its stages, and tokens per call.
+
+        Raises:
+            NoFurtherCallsError: If it is not longer.
+        """
         num_calls = self.calls - short.calls
+        if num_calls <= 0:
+            raise NoFurtherCallsError(
+                f"The long call took {self.calls} calls of the target, the short one {short.calls}: raise "
+                "`--max-new-tokens`."
+            )
         stages = [after - before for after, before in zip(self.stages, short.stages, strict=True)]
         seconds = [self.seconds - short.seconds, *stages]
         return [*(1000 * each / num_calls for each in seconds), (self.tokens - short.tokens) / num_calls]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """
+    What was measured for a row.
+
+    Args:
+        per_call (`list[float]`): Medians of what [`Measured.per_call_after`] gives.
+        peak_bytes (`int`): Memory, but for the first call.
+        first_seconds (`float`): Of the first call, which compiles and captures.
+    """
+
+    per_call: list[float]
+    peak_bytes: int
+    first_seconds: float
 
 
 @dataclass(frozen=True)
@@ -184,9 +223,11 @@ class Case:
         stages = (stats.draft_seconds, stats.target_seconds, stats.choice_seconds, stats.host_seconds)
         return Measured(stats.target_calls, stats.new_tokens, stats.round_seconds, stages)
 
-    def measure(self, short: int, long: int) -> tuple[list[float], float]:
-        """Medians of what a call costs and gives, and the peak memory in bytes."""
+    def measure(self, short: int, long: int) -> Costs:
+        """Of calls with so many new tokens, after a warm-up."""
+        began = time.perf_counter()
         self.generate(long)
+        first_seconds = time.perf_counter() - began
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         pairs, began = [], time.perf_counter()
@@ -194,19 +235,20 @@ class Case:
             before = self.generate(short)
             pairs.append(self.generate(long).per_call_after(before))
         peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-        return [median(values) for values in zip(*pairs, strict=True)], peak
+        return Costs([median(values) for values in zip(*pairs, strict=True)], peak, first_seconds)
 
 
-def table_row(way: str, cell: Cell, costs: list[float], reads: Reads, bandwidth: float, peak: float) -> list[str]:
-    """Cells of a row; `costs` as [`Measured.per_call_after`] gives them."""
-    milliseconds, *stages, tokens = costs
+def table_row(way: str, cell: Cell, costs: Costs, reads: Reads, bandwidth: float) -> list[str]:
+    """Cells of a row."""
+    milliseconds, *stages, tokens = costs.per_call
     limit = reads.milliseconds(bandwidth)
     of_stages = [*(f"{each:.2f}" for each in stages), f"{stages[-1] / milliseconds:.1%}"] if stages else [""] * 5
     return [
         *(WAYS[way], *map(str, cell), f"**{milliseconds:.2f}**"),
         *of_stages,
         *(f"{reads.weights / BYTES_PER_GB:.2f}", f"{reads.caches / BYTES_PER_GB:.2f}"),
-        *(f"{limit:.2f}", f"{milliseconds / limit:.2f}", f"{peak / BYTES_PER_GB:.1f}", f"{tokens / cell[0]:.2f}"),
+        *(f"{limit:.2f}", f"{milliseconds / limit:.2f}", f"{costs.peak_bytes / BYTES_PER_GB:.1f}"),
+        *(f"{tokens / cell[0]:.2f}", f"{costs.first_seconds:.1f}"),
     ]
 
 
@@ -216,14 +258,14 @@ def row_of(
     """A measured row, or one that says why there is none; the table goes on either way."""
     try:
         case = make_case()
-        costs, peak = case.measure(*tokens)
+        costs = case.measure(*tokens)
     except torch.OutOfMemoryError:
         return [WAYS[way], *map(str, cell), OUT_OF_MEMORY]
     except RuntimeError as error:
         traceback.print_exc()
         return [WAYS[way], *map(str, cell), f"failed: {type(error).__name__}"]
     reads = reads_of(way, case.target, case.draft, cell, case.tree.depth)
-    return table_row(way, cell, costs, reads, bandwidth, peak)
+    return table_row(way, cell, costs, reads, bandwidth)
 
 
 def jobs_of(ways: list[str], batch_sizes: list[int], prompt_lengths: list[int], crosses: bool) -> list[tuple]:
@@ -287,16 +329,23 @@ def make_assistant(shape: tuple[int, ...], target: PreTrainedModel) -> LlamaForC
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", choices=MEASURED_WAYS, default=MEASURED_WAYS)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 4, 8, 32])
-    parser.add_argument("--prompt-lengths", nargs="+", type=int, default=[512, 8192, 32768])
+    parser.add_argument("--batch-sizes", nargs="+", type=at_least(1), default=[1, 4, 8, 32])
+    parser.add_argument("--prompt-lengths", nargs="+", type=at_least(1), default=[512, 8192, 32768])
     parser.add_argument("--all-cells", action="store_true", help="every batch size with every prompt length")
     parser.add_argument("--attention-type", choices=("mla", "gqa"), default="mla", help="of the head")
     parser.add_argument("--mla-rope-dim", type=int, default=0)
-    parser.add_argument("--max-new-tokens", type=int, default=48, help="of a long call; a short one has a quarter")
+    length_help = "of a long call; a short one has a quarter"
+    parser.add_argument("--max-new-tokens", type=at_least(LEAST_NEW_TOKENS), default=48, help=length_help)
     add_arguments(parser)
     parser.add_argument("--small", action="store_true", help="tiny models in fp32 on the CPU")
     parser.add_argument("--output", type=Path, help="default: benchmarks/results/rounds_HEAD.md")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.attention_type != "mla" and arguments.mla_rope_dim:
+        parser.error(
+            f"`--mla-rope-dim` must be 0 for `{arguments.attention_type}`, got {arguments.mla_rope_dim}: leave it "
+            "out, or pass `--attention-type mla`"
+        )
+    return arguments
 
 
 @torch.no_grad()
@@ -314,7 +363,7 @@ def main() -> None:
     output = arguments.output or Path(f"benchmarks/results/rounds_{head}.md")
     title = f"A round by stage: head {head}, trees of {tree.num_nodes} nodes, top-{tree.top_k}, depth {tree.depth}"
     note = f"{__doc__.strip()}\n\nMeasured bandwidth of a copy: {bandwidth / BYTES_PER_GB:.0f} GB/s."
-    tokens = max(arguments.max_new_tokens // 4, 2), arguments.max_new_tokens
+    tokens = max(arguments.max_new_tokens // 4, LEAST_NEW_TOKENS - 1), arguments.max_new_tokens
     jobs = jobs_of(arguments.ways, arguments.batch_sizes, arguments.prompt_lengths, arguments.all_cells)
     rows = {job: [WAYS[job[1]], *map(str, job[0]), "not measured"] for job in jobs}
     in_order = sorted(jobs, key=lambda job: (job[0][1], job[0][0], MEASURED_WAYS.index(job[1])))

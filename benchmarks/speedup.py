@@ -38,6 +38,7 @@ from pairs import (
     WAYS,
     TreeShape,
     add_arguments,
+    at_least,
     check_captured,
     forget_compiled,
     set_way,
@@ -253,7 +254,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = make_parser(__doc__, "benchmarks/results/speedup.md", num_samples=2, max_new_tokens=256)
     default_ways = [PLAIN_STATIC, OURS_CAPTURED, OURS_ADAPTIVE, OURS_COMPILED]
     parser.add_argument("--ways", nargs="+", choices=TRIED, default=default_ways)
-    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8, 32])
+    parser.add_argument("--batch-sizes", nargs="+", type=at_least(1), default=[1, 8, 32])
     # With 256 new tokens and a tree of 60 nodes our buffers need not grow on the way, which would compile them anew.
     parser.add_argument("--prompt-length", type=int, default=400, help="longer prompts are left out")
     add_arguments(parser)

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from .devices import input_device
 from .notices import warn_once
@@ -85,11 +86,7 @@ def check_chunks(target: PreTrainedModel, target_cache: Cache) -> None:
             f"{name} is in training mode and draws random numbers, as for dropout: its text would not be that of "
             "plain generation. Call `target.eval()`."
         )
-    if any(layer.is_sliding and layer.sliding_window < 2 for layer in target_cache.layers):
-        raise NotImplementedError(
-            f"The `sliding_window` of {name} must be at least 2 for an EAGLE-3 draft, got 1, with which the "
-            "cache drops nothing. Pass no `assistant_model`."
-        )
+    _check_layers(name, target_cache)
     if getattr(target.config.get_text_config(decoder=True), "cross_attention_layers", None):
         raise NotImplementedError(
             f"{name} has `cross_attention_layers`, which keep an image in the cache that a round would shorten. "
@@ -101,6 +98,25 @@ def check_chunks(target: PreTrainedModel, target_cache: Cache) -> None:
         known[settings] = _why_not(target)
     if known[settings] is not None:
         raise NotImplementedError(f"{name} {known[settings]}")
+
+
+def _check_layers(name: str, cache: Cache) -> None:
+    others = {type(layer).__name__ for layer in cache.layers if not keeps_keys_and_values(layer)}
+    if others:
+        raise NotImplementedError(
+            f"The layers of {name}'s cache must keep keys and values, got {', '.join(sorted(others))}: a round could "
+            "not take back there what it rejects. Pass no `assistant_model`."
+        )
+    if any(layer.is_sliding and layer.sliding_window < 2 for layer in cache.layers):
+        raise NotImplementedError(
+            f"The `sliding_window` of {name} must be at least 2 for an EAGLE-3 draft, got 1, with which the "
+            "cache drops nothing. Pass no `assistant_model`."
+        )
+
+
+def keeps_keys_and_values(layer) -> bool:
+    """Whether a layer of a cache does, and keeps no states of convolutions or recurrences beside them."""
+    return isinstance(layer, CacheLayerMixin) and not isinstance(layer, LinearAttentionCacheLayerMixin)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels import HALF_PRECISION, has_triton
+from .kernels import HALF_PRECISION, can_run_kernels
 
 MLP_PARTS = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 ACTIVATIONS = {"silu": F.silu, "gelu_tanh": partial(F.gelu, approximate="tanh")}
@@ -74,7 +74,7 @@ def gate(gates: Tensor, values: Tensor, activation: str) -> Tensor:
     Args:
         activation (`str`): One of `ACTIVATIONS`.
     """
-    if not gates.is_cuda or not has_triton():
+    if not gates.is_cuda or not can_run_kernels(gates.device):
         return gate_by_definition(gates, values, activation)
     from .fused_kernels_triton import gate
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .kernels import HALF_PRECISION, has_triton
+from .kernels import HALF_PRECISION, can_run_kernels
 
 # One program reads a row.
 MAX_WIDTH = 16384
@@ -51,7 +51,7 @@ class UsualNorm:
 
     def runs_on_triton(self, states: Tensor) -> bool:
         fits = states.shape[-1] == len(self.weight) <= MAX_WIDTH and states.dtype == self.weight.dtype
-        return states.is_cuda and fits and has_triton()
+        return states.is_cuda and fits and can_run_kernels(states.device)
 
 
 @contextmanager

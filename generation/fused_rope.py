@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .kernels import HALF_PRECISION, has_triton
+from .kernels import HALF_PRECISION, can_run_kernels
 
 ROPE_FUNCTION = "apply_rotary_pos_emb"
 TRIED_WIDTH = 64
@@ -128,7 +128,7 @@ def rotate_heads(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
         query (`torch.Tensor` of shape `(B, H, N, d)`), key (`torch.Tensor` of shape `(B, G, N, d)`): Heads.
         cos, sin (`torch.Tensor` of shape `(B or 1, N, d or d / 2)`): Of the angles, of both halves or for both.
     """
-    if not query.is_cuda or not has_triton():
+    if not query.is_cuda or not can_run_kernels(query.device):
         return rotate_by_definition(query, key, cos, sin)
     from .fused_kernels_triton import rotate
 
@@ -137,7 +137,7 @@ def rotate_heads(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
 
 def cos_sin_at(rotary: nn.Module, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Cosines and sines `(B, N, d)` at `position_ids (B, N)` of a draft's `rotary`."""
-    if not position_ids.is_cuda or not has_triton():
+    if not position_ids.is_cuda or not can_run_kernels(position_ids.device):
         return type(rotary).forward(rotary, position_ids, dtype)
     from .fused_kernels_triton import cos_sin
 

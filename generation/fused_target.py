@@ -111,7 +111,8 @@ def attend_to_tree(
     Raises:
         NotImplementedError: If a target's attention asks for more.
     """
-    unknown = {name for name, given in kwargs.items() if given is not None} - KNOWN_ARGUMENTS
+    wishes = {name for name, given in kwargs.items() if given is not None and given is not False}
+    unknown = wishes - KNOWN_ARGUMENTS
     tree = _trees[-1]
     window = tree.window(attention_mask)
     if unknown or sliding_window not in (None, window):

@@ -2,35 +2,38 @@
 
 import functools
 import importlib.util
-import logging
 
 import torch
 
-logger = logging.getLogger(__name__)
+from .notices import warn_once
 
 HALF_PRECISION = (torch.float16, torch.bfloat16)
 
 
 @functools.cache
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def can_run_kernels() -> bool:
+def can_run_kernels(device: torch.device) -> bool:
     """
-    Whether Triton is installed and, where there is a GPU, can build a kernel: that takes a C compiler, too.
+    Whether Triton is installed and can build a kernel for `device`; that takes a C compiler, too.
+
+    Asked wherever a kernel would run, so that PyTorch's operations stand in for all of them.
 
     **Effects**: where it cannot, the log says why, once.
     """
-    if not has_triton() or not torch.cuda.is_available():
-        return has_triton()
-    from .fused_kernels_triton import gate
+    obstacle = triton_obstacle(device)
+    if obstacle is not None:
+        warn_once(f"Triton cannot run kernels, and PyTorch's, which are slower, stand in for them: {obstacle}.")
+    return obstacle is None
 
-    sample = torch.ones(1, device="cuda", dtype=torch.float16)
+
+def triton_obstacle(device: torch.device) -> str | None:
+    """Why no kernel runs on `device`, if so."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    sample = torch.ones(1, device=device, dtype=torch.float16)
     try:
+        from .fused_kernels_triton import gate
+
         gate(sample, sample, "silu")
     except Exception as error:  # whatever a tool raises that is missing or too old
-        logger.warning("Triton cannot build kernels, and PyTorch's are slower: %s: %s.", type(error).__name__, error)
-        return False
-    return True
+        return f"{type(error).__name__}: {error}"
+    return None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .kernels import HALF_PRECISION, has_triton
+from .kernels import HALF_PRECISION, can_run_kernels
 
 logger = logging.get_logger(__name__)
 
@@ -81,7 +81,8 @@ def attend_latents(
         c_kv (`torch.Tensor` of shape `(B, 1, T, C)`): Latents; what lies beyond a sequence's length is not read.
         k_rope (`torch.Tensor` of shape `(B, 1, T, R)`): Rotated keys.
         projections ([`UpProjections`]): Of the latents.
-        lengths (`torch.Tensor` of shape `(B,)`): Slots that each sequence holds, drafted ones included, int32.
+        lengths (`torch.Tensor` of shape `(B,)`): Slots that each sequence holds, drafted ones included, int32; what is
+            beyond T counts as T.
         scaling (`float`): Factor of the scores.
         drafted ([`DraftedSlots`], *optional*): The last slots; `None`: every row sees all slots.
         first_slots (`torch.Tensor` of shape `(B,)`, *optional*): Those behind the padding, of RoPE position 0, int32.
@@ -109,6 +110,7 @@ def attend_by_definition(
 ) -> Tensor:
     """`attend_latents`, written out over all T slots, in float32 or wider."""
     slots = torch.arange(c_kv.shape[2], device=c_kv.device)
+    lengths = lengths.clamp(max=len(slots))  # before drafted slots are counted from the end
     first_slots = torch.zeros_like(lengths) if first_slots is None else first_slots
     is_held = (slots >= first_slots[:, None]) & (slots < lengths[:, None])  # (B, T)
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -220,7 +222,8 @@ def runs_on_triton(query: Tensor, c_kv: Tensor, k_rope: Tensor) -> bool:
     obstacle = kernel_obstacle(query, c_kv, k_rope)
     if obstacle is not None:
         logger.warning_once(f"Attention to latents runs without its kernels, which is slower: {obstacle}.")
-    return obstacle is None
+        return False
+    return can_run_kernels(query.device)
 
 
 def kernel_obstacle(query: Tensor, c_kv: Tensor, k_rope: Tensor) -> str | None:
@@ -234,7 +237,7 @@ def kernel_obstacle(query: Tensor, c_kv: Tensor, k_rope: Tensor) -> str | None:
         return f"they take heads and R up to {MAX_KEY_DIM}, not {key_dim}"
     if shared_memory(query.device) < MIN_SHARED_MEMORY:
         return f"they need {MIN_SHARED_MEMORY} bytes of shared memory, and this GPU has {shared_memory(query.device)}"
-    return None if has_triton() else "Triton is not installed"
+    return None
 
 
 @functools.cache

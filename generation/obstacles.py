@@ -8,9 +8,10 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .chunks import ChunkLimit
+from .notices import warn_once
 from .probing import can_branch
 from .rope import ReadingLimits, rope_lengths
-from .support import TreePlan, draft_window, fixed_shapes
+from .support import TreePlan, compile_config, draft_window, fixed_shapes
 from .traces import Traces
 from .transcript import Transcript
 
@@ -34,15 +35,20 @@ def takes_fixed_shapes(
     """
     Whether the rounds of a call have fixed shapes: on CUDA where possible, or as `fixed_shapes` says.
 
-    **Effects**: where they are wanted but not possible, the log says why, once.
+    **Effects**: where they are wanted but not possible, the log says why, once; also that nothing is compiled then.
     """
-    wanted = fixed_shapes(draft)
-    if not (target.device.type == "cuda" if wanted is None else wanted):
-        return False
-    reason = why_shapes_vary(target, draft, plan, transcript, limits, traces, model_kwargs)
-    if reason is not None:
-        give_reason(target, reason)
-    return reason is None
+    wanted, is_on_gpu = fixed_shapes(draft), target.device.type == "cuda"
+    takes = is_on_gpu if wanted is None else wanted
+    if takes:
+        reason = why_shapes_vary(target, draft, plan, transcript, limits, traces, model_kwargs)
+        takes = reason is None
+        if not takes:
+            give_reason(target, reason)
+    if compile_config(draft) is not None and not (takes and is_on_gpu):
+        warn_once(
+            "`compile_config` is ignored: models are compiled only where their rounds are captured as CUDA graphs."
+        )
+    return takes
 
 
 def why_shapes_vary(

@@ -23,7 +23,7 @@ def write_to_slots(keys: Tensor, values: Tensor, slots: Tensor, key_states: Tens
 
     **Effects**: overwrites slots of `keys` and `values`.
     """
-    if torch.compiler.is_compiling() or not keys.is_cuda or not can_run_kernels():
+    if torch.compiler.is_compiling() or not keys.is_cuda or not can_run_kernels(keys.device):
         return write_by_definition(keys, values, slots, key_states, value_states)
     from .fused_kernels_triton import write
 

@@ -43,7 +43,7 @@ def runs_on_triton(scores: Tensor, top_k: int) -> bool:
     is_supported = (
         scores.is_cuda and scores.dtype in (torch.float32, *HALF_PRECISION) and scores.shape[-1] <= MOST_SCORES
     )
-    return is_supported and top_k <= MOST_BEST and can_run_kernels()
+    return is_supported and top_k <= MOST_BEST and can_run_kernels(scores.device)
 
 
 def best_by_definition(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

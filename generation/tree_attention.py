@@ -12,7 +12,7 @@ Shapes: B batch, N tree nodes, H query heads, G key-value heads, K slots, d and 
 import torch
 from torch import Tensor
 
-from .kernels import has_triton
+from .kernels import can_run_kernels
 
 # Wider heads do not fit into the shared memory of a multiprocessor.
 MAX_HEAD_DIM = 256
@@ -67,7 +67,7 @@ def attend_tree(
 def runs_on_triton(query: Tensor, values: Tensor) -> bool:
     is_narrow = max(query.shape[-1], values.shape[-1]) <= MAX_HEAD_DIM
     is_supported = query.is_cuda and query.dtype != torch.float64 and is_narrow
-    return is_supported and has_triton()
+    return is_supported and can_run_kernels(query.device)
 
 
 def attend_tree_by_definition(

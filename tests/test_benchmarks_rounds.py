@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from reference_benchmarks import benchmark, read_table
+from reference_benchmarks import ROOT, benchmark, read_table
 
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
@@ -55,11 +55,61 @@ def test_what_a_longer_call_does_more_is_counted_per_call(rounds):
     short = rounds.Measured(3, 4, 1.0, (0.1, 0.2, 0.3, 0.4))
     costs = rounds.Measured(13, 24, 2.0, (0.2, 0.4, 0.6, 0.8)).per_call_after(short)
     assert costs == pytest.approx([100.0, 10.0, 20.0, 30.0, 40.0, 2.0])
-    row = rounds.table_row("ours-eager", (2, 512), costs, rounds.Reads(40 * 10**9, 10 * 10**9), 1e12, 3e9)
+    found = rounds.Costs(costs, peak_bytes=3 * 10**9, first_seconds=61.25)
+    row = rounds.table_row("ours-eager", (2, 512), found, rounds.Reads(40 * 10**9, 10 * 10**9), 1e12)
     assert row == [
         *("ours, eager", "2", "512", "**100.00**", "10.00", "20.00", "30.00", "40.00", "40.0%"),
-        *("40.00", "10.00", "50.00", "2.00", "3.0", "1.00"),
+        *("40.00", "10.00", "50.00", "2.00", "3.0", "1.00", "61.2"),
     ]
+
+
+def test_a_longer_call_that_takes_no_further_calls_is_an_error_of_its_row(rounds, capsys):
+    short = rounds.Measured(3, 4, 1.0)
+    with pytest.raises(rounds.NoFurtherCallsError, match="3 calls of the target"):
+        rounds.Measured(3, 5, 1.1).per_call_after(short)
+
+    class Case:
+        def measure(self, *tokens):
+            return short.per_call_after(short)
+
+    assert rounds.row_of(Case, "ours-eager", (1, 2), (2, 4), 1.0)[-1] == "failed: NoFurtherCallsError"
+    assert "--max-new-tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--max-new-tokens", "2"], "--max-new-tokens: must be at least 3, got 2"),
+        (["--batch-sizes", "1", "0"], "--batch-sizes: must be at least 1, got 0"),
+        (["--prompt-lengths", "0"], "--prompt-lengths: must be at least 1, got 0"),
+        (["--depth", "0"], "--depth: must be at least 1, got 0"),
+        (["--attention-type", "gqa", "--mla-rope-dim", "8"], "`--mla-rope-dim` must be 0 for `gqa`, got 8"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_models_are_made(rounds, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["rounds.py", *arguments])
+    with pytest.raises(SystemExit):
+        rounds.parse_arguments()
+    assert message in capsys.readouterr().err
+
+
+def test_the_first_call_of_a_row_is_timed_alone(rounds, monkeypatch):
+    """Nothing is compiled or captured in those that follow."""
+    clock, calls = [0.0], []
+    monkeypatch.setattr(rounds.time, "perf_counter", lambda: clock[0])
+
+    class Case:
+        measure = rounds.Case.measure
+
+        def generate(self, max_new_tokens):
+            clock[0] += 2.0 if calls else 50.0
+            calls.append(max_new_tokens)
+            return rounds.Measured(max_new_tokens, max_new_tokens, 0.5 * max_new_tokens)
+
+    costs = Case().measure(2, 6)
+    assert costs.first_seconds == 50.0
+    assert costs.per_call == [500.0, 1.0]
+    assert calls[:3] == [6, 2, 6]
 
 
 def test_the_first_cell_comes_first_and_compilers_last(rounds):
@@ -71,6 +121,11 @@ def test_the_first_cell_comes_first_and_compilers_last(rounds):
     assert all(way in (*rounds.COMPILED, rounds.ASSISTED) for _, way in late)
     assert ((4, 512), "assisted") not in jobs
     assert ((4, 8192), "plain-eager") in rounds.jobs_of(["plain-eager"], [1, 4], [512, 8192], crosses=True)
+
+
+def test_ways_are_documented(rounds):
+    text = (ROOT / "docs" / "measuring.md").read_text()
+    assert [way for way in rounds.WAYS if f"`{way}`" not in text] == []
 
 
 def test_a_row_that_fails_leaves_the_others(rounds, capsys):
@@ -92,6 +147,8 @@ def test_a_tiny_table_has_all_rows(rounds, tmp_path, monkeypatch):
     assert [row[0] for row in table[1:]] == [rounds.WAYS[way] for way in EAGER_WAYS]
     assert {len(row) for row in table} == {len(rounds.COLUMNS)}
     assert all(float(row[3].strip("*")) > 0 for row in table[1:])
+    assert table[0][-1] == "first call, s"
+    assert all(float(row[-1]) >= 0 for row in table[1:])
 
 
 def test_a_tree_of_some_depth_takes_as_many_steps(rounds):

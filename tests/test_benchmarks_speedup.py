@@ -50,6 +50,14 @@ def test_plain_generation_is_measured_before_what_is_compared_with_it(speedup):
         assert next(way for batch, way in jobs if batch == size) == "plain-static"
 
 
+def test_batches_of_no_prompt_are_refused_before_models_are_made(speedup, monkeypatch, capsys):
+    models = ["--target", "none", "--draft", "none", "--prompts", "none"]
+    monkeypatch.setattr(sys, "argv", ["speedup.py", *models, "--batch-sizes", "8", "0"])
+    with pytest.raises(SystemExit):
+        speedup.parse_arguments()
+    assert "--batch-sizes: must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_a_tiny_twin_says_the_same_texts(speedup, tmp_path, monkeypatch):
     chats = {source: [ask_for(source)] for source in ("first", "second")}
     prompts, output = write_prompts(tmp_path / "prompts.jsonl", chats), tmp_path / "speedup.md"

@@ -24,6 +24,8 @@ from transformers import (
     GitForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    Lfm2Config,
+    Lfm2ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -91,6 +93,19 @@ def doge():
     return DogeForCausalLM(DogeConfig(keep_window_size=LIMIT, **SHAPE))
 
 
+def gemma4_with_shared_keys():
+    transformers = pytest.importorskip("transformers", minversion="5.23")
+    kinds = ["sliding_attention", "full_attention"] * 2
+    config = transformers.Gemma4TextConfig(
+        **SHAPE, layer_types=kinds, sliding_window=8, hidden_size_per_layer_input=8, num_kv_shared_layers=2
+    )
+    return transformers.Gemma4ForCausalLM(config)
+
+
+def lfm2():
+    return Lfm2ForCausalLM(Lfm2Config(layer_types=["conv", "full_attention"] * 2, **SHAPE))
+
+
 def moshi():
     shape = {name: value for name, value in SHAPE.items() if name not in ("intermediate_size", "eos_token_id")}
     config = MoshiConfig(**shape, ffn_dim=64, sliding_window=LIMIT, eos_token_id=None, tie_word_embeddings=False)
@@ -118,9 +133,11 @@ def ready(make_target):
         ),
         (lambda: RobertaForCausalLM(RobertaConfig(**BERT_SHAPE)), "RobertaForCausalLM keeps no .*is_decoder=True"),
         (lambda: OpenAIGPTLMHeadModel(OpenAIGPTConfig(**GPT2_SHAPE)), "OpenAIGPTLMHeadModel keeps no key-value cache"),
+        (lfm2, "Lfm2ForCausalLM.* must keep keys and values, got LinearAttentionLayer.*Pass no `assistant_model`"),
+        (gemma4_with_shared_keys, "Gemma4ForCausalLM.* must keep keys and values, got DummyLayer"),
         (bidirectional_llama, "LlamaForCausalLM lets tokens see later ones.*Pass no `assistant_model`"),
     ],
-    ids=["bert", "roberta", "openai-gpt", "bidirectional-llama"],
+    ids=["bert", "roberta", "openai-gpt", "lfm2", "gemma4-with-shared-keys", "bidirectional-llama"],
 )
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_targets_without_a_cache_or_a_direction_are_refused_by_name(make_target, message, top_k):

@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops_core
 from transformers import CompileConfig, DynamicCache
 
-from eagle3_mla.generation import fixed_rounds, shelf
+from eagle3_mla.generation import fixed_rounds, notices, shelf
 from eagle3_mla.generation.compilation import compiled
 from eagle3_mla.generation.fixed_cache import FixedCache
 
@@ -84,6 +84,25 @@ def compile_on_the_cpu(monkeypatch, config: CompileConfig, fuses: bool) -> None:
         return rounds
 
     monkeypatch.setattr(shelf.Shelf, "_new_rounds", new)
+
+
+@pytest.mark.parametrize("fixed_shapes", [None, True, False])
+def test_log_says_once_where_nothing_is_compiled(fixed_shapes, caplog):
+    """A backend that does not exist is not missed there."""
+    target = TARGETS["llama"]().eval()
+    draft = set_tree(make_draft(target), 4, 2, 2)
+    draft.generation_config.fixed_shapes = fixed_shapes
+    notices.warn_once.cache_clear()
+
+    def ignored() -> list[str]:
+        target.generate(**make_prompts([5]), max_new_tokens=4, do_sample=False, assistant_model=draft)
+        return [message for message in caplog.messages if "`compile_config`" in message]
+
+    assert ignored() == []
+    draft.generation_config.compile_config = CompileConfig(backend="no_such_backend")
+    for _ in range(2):
+        assert len(ignored()) == 1
+    assert "only where their rounds are captured as CUDA graphs" in ignored()[0]
 
 
 @pytest.mark.slow

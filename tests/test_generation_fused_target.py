@@ -23,8 +23,12 @@ from transformers import (
     GptOssForCausalLM,
     Llama4ForCausalLM,
     Llama4TextConfig,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo3Config,
     Olmo3ForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PhimoeConfig,
@@ -33,6 +37,8 @@ from transformers import (
     Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from eagle3_mla.generation import fixed_rounds, fused_target
@@ -41,6 +47,12 @@ from eagle3_mla.generation.fused_target import TreeInSlots, tree_attention
 VOCAB_SIZE = SHAPE["vocab_size"]
 FALCON_SHAPE = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4}
 GPTJ_SHAPE = {"vocab_size": VOCAB_SIZE, "n_embd": 32, "n_layer": 3, "n_head": 4, "rotary_dim": 8, "n_inner": 64}
+ROUTING = {"num_experts": 4, "num_experts_per_tok": 2}
+WITH_EXPERTS = {
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SHAPE)),
+    "olmoe": lambda: OlmoeForCausalLM(OlmoeConfig(**ROUTING, **SHAPE)),
+    "qwen3-moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(moe_intermediate_size=16, **ROUTING, **SHAPE)),
+}
 # Their attention is code of their own, which the interface of transformers cannot replace.
 OWN_ATTENTION = {
     "falcon": lambda: FalconForCausalLM(
@@ -106,8 +118,10 @@ def test_target_whose_attention_cannot_be_replaced_is_not_captured_with_that_to_
         target.generate(**make_prompts([5]), max_new_tokens=8, do_sample=False, assistant_model=draft)
 
 
-def test_target_whose_attention_is_replaced_does_not_look_at_the_mask(monkeypatch):
-    target = TARGETS["llama"]().eval()
+@pytest.mark.parametrize("name", ["llama", *WITH_EXPERTS])
+def test_target_whose_attention_is_replaced_does_not_look_at_the_mask(name, monkeypatch):
+    """Targets with experts tell their attention that nobody asks for the router's logits."""
+    target = {**TARGETS, **WITH_EXPERTS}[name]().eval()
     draft, prompt, found = set_tree(make_draft(target), 5, 2, 3), make_prompts([5]), []
     draft.generation_config.fixed_shapes = True
     verify = fixed_rounds.FixedRounds.verify

@@ -210,6 +210,32 @@ def test_a_row_that_sees_nothing_gets_zeros():
     assert attend_latents(**inputs).eq(0).all()
 
 
+@pytest.mark.parametrize("shape", ["rotated", "decoupled"])
+def test_a_length_beyond_the_slots_is_their_number(shape):
+    """The drafted slots are the last ones that there are."""
+    inputs = random_inputs(SMALL_SHAPES[shape], torch.float64)
+    num_slots = inputs["c_kv"].shape[2]
+    inputs["c_kv"], inputs["k_rope"] = inputs["c_kv"].nan_to_num(), inputs["k_rope"].nan_to_num()
+    lengths = torch.full_like(inputs["lengths"], num_slots)
+    expected = attend_latents(**inputs | {"lengths": lengths})
+    for beyond in (1, num_slots):
+        found = attend_latents(**inputs | {"lengths": lengths + beyond})
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+@pytest.mark.parametrize("shape", ["rotated", "rotated-wide", "decoupled"])
+def test_kernels_take_a_length_beyond_the_slots_as_the_definition_does(shape):
+    pytest.importorskip("triton")
+    from eagle3_mla.generation.latent_attention_triton import attend
+
+    inputs = random_inputs(SMALL_SHAPES[shape], torch.float32)
+    inputs["c_kv"], inputs["k_rope"] = inputs["c_kv"].nan_to_num(), inputs["k_rope"].nan_to_num()
+    inputs["lengths"] = inputs["lengths"] + 5
+    expected = attend_by_definition(**in_double(inputs))
+    torch.testing.assert_close(attend(*inputs.values()).double(), expected, atol=1e-5, rtol=0)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     inputs = random_inputs(SMALL_SHAPES["rotated"], torch.float32)
     with pytest.raises(ValueError, match=r"The type of `lengths` must be torch.int32, got torch.int64."):
@@ -263,16 +289,15 @@ def hopper(monkeypatch):
 def test_a_gpu_whose_kernels_cannot_run_takes_the_definition_and_says_why(hopper, monkeypatch):
     messages = []
     monkeypatch.setattr(module.logger, "warning_once", messages.append)
-    monkeypatch.setattr(module, "has_triton", lambda: False)
-    assert not module.runs_on_triton(on_gpu(), on_gpu(), on_gpu())
-    assert messages == ["Attention to latents runs without its kernels, which is slower: Triton is not installed."]
-    monkeypatch.setattr(module, "has_triton", lambda: True)
+    monkeypatch.setattr(module, "can_run_kernels", lambda device: device.type == "cuda")
+    assert not module.runs_on_triton(on_gpu(torch.float32), on_gpu(), on_gpu())
+    reason = "they take float16 and bfloat16, not torch.float32"
+    assert messages == [f"Attention to latents runs without its kernels, which is slower: {reason}."]
     assert module.runs_on_triton(on_gpu(), on_gpu(), on_gpu())
     assert len(messages) == 1
 
 
 def test_what_the_kernels_were_not_made_for_is_named(hopper, monkeypatch):
-    monkeypatch.setattr(module, "has_triton", lambda: True)
     assert "not torch.float32" in module.kernel_obstacle(on_gpu(torch.float32), on_gpu(), on_gpu())
     assert "not of 72" in module.kernel_obstacle(on_gpu(), on_gpu(width=72), on_gpu())
     assert "not of 1024" in module.kernel_obstacle(on_gpu(), on_gpu(width=1024), on_gpu())

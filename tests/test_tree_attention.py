@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -281,11 +280,12 @@ def test_kernels_give_zeros_to_nodes_that_see_nothing_in_the_interpreter(option)
 
 def test_double_precision_and_very_wide_heads_never_reach_the_kernels(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(module, "can_run_kernels", lambda device: True)
     narrow, wide = torch.zeros(1, 1, 1, 256), torch.zeros(1, 1, 1, 272)
     assert not module.runs_on_triton(narrow.double(), narrow.double())
     assert not module.runs_on_triton(narrow, wide)
     assert not module.runs_on_triton(wide, narrow)
-    assert module.runs_on_triton(narrow, narrow) == (find_spec("triton") is not None)
+    assert module.runs_on_triton(narrow, narrow)
 
 
 def large(*lengths: int, **sizes) -> Shape:
