@@ -1,7 +1,8 @@
 """Buffers and graphs of rounds at fixed shapes: made for a call, kept for the next one that is like it.
 
-What a graph has recorded reads and writes at fixed addresses, so it lasts as long as the models' weights stay where
-they are. Of a pair the sets of the latest calls are kept, as many as a part of the device's memory holds.
+What a graph has recorded reads and writes at fixed addresses and looks at no Python attribute again, so it lasts as
+long as the models' weights stay where they are and both compute as they did (`fingerprint.py`). Of a pair the sets of
+the latest calls are kept, as many as a part of the device's memory holds.
 """
 
 import weakref
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .fingerprint import Fingerprint
 from .fixed_buffers import TextBuffers
 from .fixed_rounds import Ends, FixedRounds
 from .obstacles import give_reason
@@ -29,11 +31,11 @@ LEAST_CAPACITY = 256
 MOST_KEPT = 4
 # Share of the device's memory that their caches may take.
 KEPT_SHARE = 0.25
-# What layers of adapters say about themselves.
-ADAPTER_FIELDS = {"disable_adapters", "active_adapters", "merged"}
+# How often the forwards of one capture may change what a model holds in Python.
+MOST_CHANGES = 1
 
 _kept: WeakKeyDictionary[nn.Module, OrderedDict] = WeakKeyDictionary()
-# What could not be captured, and would not be another time.
+# What could not be captured, and would not be another time: sizes of a call, or a target altogether.
 _failed: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()
 
 
@@ -87,7 +89,8 @@ class Shelf:
         self.kept = _kept.setdefault(draft, OrderedDict())
         self.current_key, self.current = None, None
         self.uncaptured: dict[TreePlan, FixedRounds] = {}
-        self.key = (
+        self.fingerprints = self._fingerprints()
+        self.call_key = (
             largest,
             len(self.num_rows),
             transcript.do_sample,
@@ -97,9 +100,12 @@ class Shelf:
             prefill.is_padded_left,
             repr(self.compile_config),
             torch.is_inference_mode_enabled(),  # elsewhere, its buffers could not be written
-            fingerprint(target),
-            fingerprint(draft),
         )
+
+    @property
+    def key(self) -> tuple:
+        """What two calls have in common that can share graphs, the length of their buffers aside."""
+        return *self.call_key, *self.fingerprints
 
     @property
     def buffers(self) -> TextBuffers:
@@ -144,8 +150,8 @@ class Shelf:
         """Rounds of this size on the buffers; `None`, and a line in the log, if they cannot be captured."""
         if size in self.current.rounds:
             return self.current.rounds[size]
-        is_captured = self.target.device.type == "cuda"
-        rounds = self._captured(size) if is_captured else self._new_rounds(size)
+        is_captured = can_capture(self.target.device)
+        rounds = self._captured_as_it_is(size) if is_captured else self._new_rounds(size)
         if rounds is None:
             return None
         self.current.rounds[size] = rounds
@@ -166,7 +172,7 @@ class Shelf:
         """Makes the set in use the newest; the oldest go where there are too many, or too large ones."""
         self.kept[self.current_key] = self.current
         self.kept.move_to_end(self.current_key)
-        most_bytes = KEPT_SHARE * torch.cuda.get_device_properties(self.target.device).total_memory
+        most_bytes = KEPT_SHARE * memory_of(self.target.device)
         while len(self.kept) > 1 and (
             len(self.kept) > MOST_KEPT or sum(each.buffers.num_bytes for each in self.kept.values()) > most_bytes
         ):
@@ -183,6 +189,35 @@ class Shelf:
                 torch.cuda.empty_cache()
         give_reason(self.target, f"the device has no memory for {capacity} slots a sequence")
         return None
+
+    def _captured_as_it_is(self, size: TreePlan) -> FixedRounds | None:
+        """
+        Rounds of models that compute as they did before these were captured.
+
+        What a model makes once, in its first forward over a tree, changes it once. One that goes on changing is left
+        to its own code: its graphs would hold what it was when they were recorded.
+        """
+        failed = _failed.setdefault(self.draft, set())
+        if weakref.ref(self.target) in failed:
+            return None
+        for _ in range(MOST_CHANGES + 1):
+            rounds = self._captured(size)
+            if rounds is None or (found := self._fingerprints()) == self.fingerprints:
+                return rounds
+            self._change_to(found)
+        give_reason(self.target, "what its modules, or the draft's, hold in Python changes while it generates")
+        failed.add(weakref.ref(self.target))
+        return None
+
+    def _fingerprints(self) -> tuple[Fingerprint, Fingerprint]:
+        return Fingerprint(self.target), Fingerprint(self.draft)
+
+    def _change_to(self, fingerprints: tuple[Fingerprint, Fingerprint]) -> None:
+        """Takes other models for those of the call; what was captured of them as they were is forgotten."""
+        self.kept.pop(self.current_key, None)
+        self.fingerprints, capacity = fingerprints, self.buffers.capacity
+        self.current_key = *self.key, capacity
+        self.current = KeptSet(self.buffers, weakref.ref(self.target))
 
     def _captured(self, size: TreePlan) -> FixedRounds | None:
         """The rounds as graphs; where the target takes no attention but its own, with that."""
@@ -210,6 +245,16 @@ class Shelf:
         return FixedRounds(self.buffers, self.target, self.draft, size, self.warpers, self.prefill.cache, self.ends)
 
 
+def can_capture(device: torch.device) -> bool:
+    """Whether rounds on a device become graphs."""
+    return device.type == "cuda"
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a device."""
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def capacities() -> Iterator[int]:
     """The sizes of buffers, in rising order."""
     capacity = LEAST_CAPACITY
@@ -223,20 +268,6 @@ def ends_of(transcript: Transcript) -> Ends:
     """How the sequences of a text end."""
     eos, pad = transcript.eos_token_ids, transcript.pad_token_id if transcript.freezes else None
     return Ends(None if eos is None else tuple(eos.tolist()), None if pad is None else int(pad))
-
-
-def fingerprint(model: PreTrainedModel) -> int:
-    """Differs if a model's weights have moved, or it computes in another way."""
-    tensors = [*model.parameters(), *model.buffers()]
-    kinds = {kind for kind in set(map(type, model.modules())) if set(dir(kind)) >= ADAPTER_FIELDS}
-    adapters = [
-        (module.disable_adapters, tuple(module.active_adapters), module.merged, repr(vars(module).get("scaling")))
-        for module in model.modules()
-        if type(module) in kinds
-    ]
-    code = tuple((type(module), id(vars(module).get("forward"))) for module in model.modules())
-    places = tuple(tensor.data_ptr() for tensor in tensors)
-    return hash((places, code, tuple(adapters), model.config._attn_implementation))
 
 
 def repr_of(processor) -> str:
