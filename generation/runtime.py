@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .fixed_rounds import FixedRounds, tree_size
 from .memory import DraftMemory
@@ -47,9 +48,10 @@ def decode_at_fixed_shapes(
         model_kwargs (`dict`): The target's generation state, with its cache, which has read the prompt.
 
     Returns:
-        `bool`: Whether the text is finished. If not, the other loop can begin.
+        `bool`: Whether the text is finished. If not, the other loop can begin, or go on.
 
-    **Effects**: fills `texts` and `stats`; the cache holds the whole text but its last token, `memory` all rows.
+    **Effects**: fills `texts` and `stats`; the cache holds the whole text but its last token, `memory` all rows, and
+    `model_kwargs` knows how long the text has become.
     """
     if not _in_use.acquire(blocking=False):
         return False  # the buffers are another thread's for now
@@ -60,17 +62,22 @@ def decode_at_fixed_shapes(
         prefill = Prefill.of_call(memory, model_kwargs)
         shelf = Shelf(target, draft, plan, texts.transcript, prefill, stats.times.capture)
         sizes = sizes_for(draft, target, plan, len(texts.ids), FIXED_STEP)
-        num_slots = prefill.cache.get_seq_length() + 2 * tree_size(plan)
-        if not shelf.make_room(num_slots) or shelf.rounds(sizes.choose()) is None:
+        num_read = prefill.cache.get_seq_length()
+        if not shelf.make_room(num_read + 2 * tree_size(plan)) or shelf.rounds(sizes.choose()) is None:
             return False
         shelf.buffers.load(prefill, texts.transcript)
+        go_on = follow_the_device if device_can_choose(texts) else choose_on_the_host
         try:
-            go_on = follow_the_device if device_can_choose(texts) else choose_on_the_host
-            go_on(shelf, sizes, texts, stats)
-        finally:  # also after an error: the cache may be the caller's
+            is_finished = go_on(shelf, sizes, texts, stats)
+        except BaseException:  # the cache may be the caller's
             shelf.buffers.cache.give_back(prefill.cache, texts.transcript.num_kept_slots)
+            raise
+        if is_finished:
+            shelf.buffers.cache.give_back(prefill.cache, texts.transcript.num_kept_slots)
+        else:
+            give_back_unfinished(shelf, target, texts, num_read, model_kwargs)
         shelf.buffers.memory.give_back(memory)
-        return True
+        return is_finished
     finally:
         note_use(target.device)
         _in_use.release()
@@ -88,6 +95,21 @@ def note_use(device: torch.device) -> None:
         _last_uses.append(torch.cuda.current_stream(device).record_event())
 
 
+def give_back_unfinished(
+    shelf: Shelf, target: PreTrainedModel, texts: RaggedTexts | TextsInStep, num_before: int, model_kwargs: dict
+) -> None:
+    """
+    Leaves a text, of which the target had read `num_before` slots, to the other loop, whose caches grow as needed.
+
+    **Effects**: the target's cache and `model_kwargs` are those of the longest sequence.
+    """
+    cache, num_read = model_kwargs["past_key_values"], slots_of(texts) - 1
+    shelf.buffers.cache.give_back(cache, num_read, min(texts.lengths or [num_read]))
+    outputs, num_new = CausalLMOutputWithPast(past_key_values=cache), num_read - num_before
+    if num_new > 0:
+        model_kwargs |= target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_new)
+
+
 def device_can_choose(texts: RaggedTexts | TextsInStep) -> bool:
     """Whether a round needs nothing from the host."""
     if isinstance(texts, TextsInStep) or not texts.chooses_at_once or texts.scores.is_wanted or texts.logits.is_wanted:
@@ -97,15 +119,17 @@ def device_can_choose(texts: RaggedTexts | TextsInStep) -> bool:
 
 def choose_on_the_host(
     shelf: Shelf, sizes: TreeSizer | ConstantSize, texts: RaggedTexts | TextsInStep, stats: SpeculationStats
-) -> None:
+) -> bool:
     """
-    All rounds, in which processors see the text before the next token is chosen.
+    All rounds for which there is memory, in which processors see the text before the next token is chosen.
+
+    Returns:
+        `bool`: Whether the texts are finished.
 
     **Effects**: extends the texts and moves all buffers on.
     """
     transcript = texts.transcript
-    while not transcript.is_finished:
-        make_room_for_round(shelf, texts)
+    while not transcript.is_finished and make_room_for_round(shelf, texts):
         size = sizes.choose()
         rounds, began = shelf.rounds_of_text(size), time.perf_counter()
         if transcript.do_sample:
@@ -122,25 +146,27 @@ def choose_on_the_host(
             rounds.keep()
         record_round(stats, shelf, rounds, verdict.walks, texts)
         sizes.record(size, verdict.walks.ranks, time.perf_counter() - began)
+    return transcript.is_finished
 
 
 def follow_the_device(
     shelf: Shelf, sizes: TreeSizer | ConstantSize, texts: RaggedTexts, stats: SpeculationStats
-) -> None:
+) -> bool:
     """
-    All rounds, in which the device chooses and goes on by itself; the host reads what it has chosen.
+    All rounds for which there is memory, in which the device chooses and goes on by itself; the host reads what it has
+    chosen.
 
     A greedy round begins before the host has taken over the one before, unless that one is seen to be the last.
+
+    Returns:
+        `bool`: Whether the texts are finished.
 
     **Effects**: extends the texts and moves all buffers on.
     """
     device, coming = texts.ids.device, None
     texts.move_to("cpu")
-    while not texts.transcript.is_finished:
-        if coming is None:
-            make_room_for_round(shelf, texts)
-            coming = begin_round(shelf, sizes, texts, stats)
-        current = coming
+    while not texts.transcript.is_finished and (coming is not None or make_room_for_round(shelf, texts)):
+        current = coming or begin_round(shelf, sizes, texts, stats)
         rows, seconds = current.wait()
         coming = begin_round(shelf, sizes, texts, stats) if may_begin_another(shelf, texts, rows) else None
         plan = current.rounds.plan
@@ -148,13 +174,18 @@ def follow_the_device(
         record_round(stats, shelf, current.rounds, walks, texts)
         sizes.record(plan, walks.ranks, seconds)
     texts.move_to(device)
+    return texts.transcript.is_finished
 
 
-def make_room_for_round(shelf: Shelf, texts: RaggedTexts | TextsInStep) -> None:
-    """Changes to buffers for two more of the largest trees where those in use have no room for one."""
-    num_nodes = tree_size(shelf.largest)
-    if (num_slots := slots_of(texts)) + num_nodes > shelf.buffers.capacity:
-        shelf.grow(num_slots + 2 * num_nodes)
+def make_room_for_round(shelf: Shelf, texts: RaggedTexts | TextsInStep) -> bool:
+    """
+    Changes to buffers for two more of the largest trees where those in use have no room for one.
+
+    Returns:
+        `bool`: Whether there is room. If not, the log says why.
+    """
+    num_nodes, num_slots = tree_size(shelf.largest), slots_of(texts)
+    return num_slots + num_nodes <= shelf.buffers.capacity or shelf.grow(num_slots + 2 * num_nodes)
 
 
 def may_begin_another(shelf: Shelf, texts: RaggedTexts, rows: list[list[int]]) -> bool:

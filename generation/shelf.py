@@ -134,17 +134,19 @@ class Shelf:
         self.current_key, self.current, self.uncaptured = key, known, {}
         return True
 
-    def grow(self, num_slots: int) -> None:
+    def grow(self, num_slots: int) -> bool:
         """
         Makes room in the middle of a text.
 
-        Raises:
-            torch.OutOfMemoryError: If the device has none.
+        Returns:
+            `bool`: Whether the device has the memory, for these buffers beside those in use. If not, these stay in
+            use, and the log says so.
         """
         before = self.buffers
         if not self.make_room(num_slots):
-            raise torch.OutOfMemoryError(f"There is no memory for the caches of {num_slots} tokens a sequence.")
+            return False
         self.buffers.take_over(before)
+        return True
 
     def rounds(self, size: TreePlan) -> FixedRounds | None:
         """Rounds of this size on the buffers; `None`, and a line in the log, if they cannot be captured."""
@@ -186,7 +188,7 @@ class Shelf:
             except torch.OutOfMemoryError:
                 for kept in _kept.values():
                     kept.clear()
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # only now: the error held what had been made
         give_reason(self.target, f"the device has no memory for {capacity} slots a sequence")
         return None
 

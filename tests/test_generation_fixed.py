@@ -153,6 +153,40 @@ def test_buffers_grow_in_the_middle_of_a_text(llama, setting, monkeypatch, ways)
     assert len(sizes) >= 3
 
 
+@pytest.mark.parametrize("name", ["llama", "gemma3-window-8"])
+@pytest.mark.parametrize("setting", ["greedy", "greedy-processors", "sample"])
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_text_goes_on_where_there_is_no_memory_for_longer_buffers(name, setting, prompts, monkeypatch, caplog, ways):
+    monkeypatch.setattr(obstacles, "_reasons_given", set())
+    monkeypatch.setattr(shelf, "LEAST_CAPACITY", 64)
+    new = shelf.Shelf._new
+
+    def new_if_small(self, capacity):
+        if capacity > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return new(self, capacity)
+
+    monkeypatch.setattr(shelf.Shelf, "_new", new_if_small)
+    target = TARGETS[name]().eval().double()
+    prompt, settings = make_prompts(*PROMPTS[prompts]), SETTINGS[setting] | {"max_new_tokens": 60}
+    draft, lengths = make_fixed(target).double(), []
+    for wanted in True, False:
+        draft.generation_config.fixed_shapes = wanted
+        assert len(assert_same_call(target, draft, prompt, **settings)[0]) > 64
+        lengths.append(draft.speculation_stats.acceptance_lengths)
+    assert lengths[0] == lengths[1]
+    draft.generation_config.fixed_shapes, streams = True, []
+    for assistance in [{}, {"assistant_model": draft}] if prompts == "alone" else []:
+        streamer = Recorder()
+        call(target, prompt, streamer=streamer, **settings, **assistance)
+        streams.append(streamer.pieces)
+    assert streams[:1] == streams[1:]
+    assert set(ways) == {"host" if "processors" in setting else "device"}
+    assert [message.split(": ")[1] for message in caplog.messages if "not captured" in message] == [
+        "the device has no memory for 96 slots a sequence."
+    ]
+
+
 def test_prompt_may_be_longer_than_the_least_capacity(llama, monkeypatch):
     monkeypatch.setattr(shelf, "LEAST_CAPACITY", 8)
     assert_same_call(llama, make_fixed(llama), make_prompts([50, 33]), do_sample=False)
