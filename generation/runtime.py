@@ -5,7 +5,6 @@ launch of a captured graph. Where shapes cannot be fixed (`obstacles.py`), or a 
 `decoder.py` runs, and the log says once why.
 """
 
-import threading
 import time
 from dataclasses import dataclass
 
@@ -17,16 +16,14 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from .fixed_rounds import FixedRounds, tree_size
 from .memory import DraftMemory
 from .metrics import SpeculationStats
+from .obstacles import give_reason
 from .prefill import Prefill
 from .ragged import RaggedTexts
 from .shelf import Shelf
 from .sizing import FIXED_STEP, ConstantSize, TreeSizer, sizes_for
 from .support import TreePlan
+from .turns import turn_on
 from .verification import TextsInStep, Walks
-
-_in_use = threading.Lock()
-# When the device is done with the call before: it may have run on another stream.
-_last_uses: list[torch.cuda.Event] = []
 
 
 def decode_at_fixed_shapes(
@@ -39,7 +36,7 @@ def decode_at_fixed_shapes(
     model_kwargs: dict,
 ) -> bool:
     """
-    All rounds of a call.
+    All rounds of a call, unless another thread is at them on this device: the log says so, once.
 
     Args:
         target, draft, texts, stats: As in `decoder.py`.
@@ -53,10 +50,10 @@ def decode_at_fixed_shapes(
     **Effects**: fills `texts` and `stats`; the cache holds the whole text but its last token, `memory` all rows, and
     `model_kwargs` knows how long the text has become.
     """
-    if not _in_use.acquire(blocking=False):
-        return False  # the buffers are another thread's for now
-    try:
-        wait_for_last_use(target.device)
+    with turn_on(target.device) as is_free:
+        if not is_free:
+            give_reason(target, f"another thread generates on {target.device} at this time")
+            return False
         with stats.times.draft:
             memory.read_prompt(draft, target)
         prefill = Prefill.of_call(memory, model_kwargs)
@@ -78,21 +75,6 @@ def decode_at_fixed_shapes(
             give_back_unfinished(shelf, target, texts, num_read, model_kwargs)
         shelf.buffers.memory.give_back(memory)
         return is_finished
-    finally:
-        note_use(target.device)
-        _in_use.release()
-
-
-def wait_for_last_use(device: torch.device) -> None:
-    """Lets what comes on this stream begin after the call before, which may have left work on another one."""
-    while _last_uses:
-        torch.cuda.current_stream(device).wait_event(_last_uses.pop())
-
-
-def note_use(device: torch.device) -> None:
-    """Marks the end of a call on its stream."""
-    if device.type == "cuda":
-        _last_uses.append(torch.cuda.current_stream(device).record_event())
 
 
 def give_back_unfinished(

@@ -24,6 +24,7 @@ from .sampling import stateless_warpers
 from .support import TreePlan, compile_config
 from .timing import Stopwatch
 from .transcript import Transcript
+from .turns import capturing
 
 # Capacities are powers of two and the middles between them: a third of the slots is never used, at most.
 LEAST_CAPACITY = 256
@@ -34,7 +35,8 @@ KEPT_SHARE = 0.25
 # How often the forwards of one capture may change what a model holds in Python.
 MOST_CHANGES = 1
 
-_kept: WeakKeyDictionary[nn.Module, OrderedDict] = WeakKeyDictionary()
+# Of each device, which threads use by turns.
+_kept: dict[torch.device, WeakKeyDictionary[nn.Module, OrderedDict]] = {}
 # What could not be captured, and would not be another time: sizes of a call, or a target altogether.
 _failed: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()
 
@@ -86,7 +88,7 @@ class Shelf:
         self.num_rows = [count + 1 for count in prefill.memory.num_rows]  # of the draft, after the coming round
         self.num_pads = [prefill.cache.get_seq_length() - count for count in self.num_rows]
         self.compile_config, self.stopwatch = compile_config(draft), stopwatch
-        self.kept = _kept.setdefault(draft, OrderedDict())
+        self.kept = _kept.setdefault(target.device, WeakKeyDictionary()).setdefault(draft, OrderedDict())
         self.current_key, self.current = None, None
         self.uncaptured: dict[TreePlan, FixedRounds] = {}
         self.fingerprints = self._fingerprints()
@@ -181,14 +183,15 @@ class Shelf:
             self.kept.popitem(last=False)
 
     def _new_within_memory(self, capacity: int) -> TextBuffers | None:
-        """New buffers; where the device has no room for them, nothing else is kept any more."""
+        """New buffers; where the device has no room for them, nothing else is kept on it any more."""
         for _ in range(2):
             try:
                 return self._new(capacity)
             except torch.OutOfMemoryError:
-                for kept in _kept.values():
+                for kept in _kept[self.target.device].values():
                     kept.clear()
-            torch.cuda.empty_cache()  # only now: the error held what had been made
+            with capturing:
+                torch.cuda.empty_cache()  # only now: the error held what had been made
         give_reason(self.target, f"the device has no memory for {capacity} slots a sequence")
         return None
 
@@ -229,7 +232,7 @@ class Shelf:
         rounds = self._new_rounds(size)
         for fuses in [True, False] if self.prefill.is_padded_left and rounds.can_fuse() else [False]:
             try:
-                with self.stopwatch, self.buffers.unmoved():
+                with capturing, self.stopwatch, self.buffers.unmoved():
                     rounds.capture(fuses, self.compile_config)
                 return rounds
             except Exception as error:  # whatever a model raises that asks something of the device

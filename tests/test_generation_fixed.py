@@ -4,6 +4,7 @@ import gc
 import threading
 import weakref
 from collections import OrderedDict
+from contextlib import nullcontext
 from functools import partial
 from itertools import product
 from types import SimpleNamespace
@@ -34,7 +35,7 @@ from transformers import (
     StoppingCriteria,
 )
 
-from eagle3_mla.generation import capture, fixed_rounds, obstacles, ragged, runtime, shelf
+from eagle3_mla.generation import capture, fixed_rounds, obstacles, ragged, runtime, shelf, turns
 from eagle3_mla.generation.drafting import draft_tree
 from eagle3_mla.generation.fixed_cache import FixedCache
 from eagle3_mla.generation.fixed_memory import FixedMemory
@@ -319,7 +320,8 @@ def test_call_after_a_broken_one_is_as_good(llama, setting, ways):
     assert not llama.model.layers[2]._forward_pre_hooks
 
 
-def test_call_by_another_thread_meanwhile_takes_the_other_loop(llama, ways):
+def test_call_by_another_thread_meanwhile_takes_the_other_loop(llama, ways, caplog, monkeypatch):
+    monkeypatch.setattr(obstacles, "_reasons_given", set())
     prompts = make_prompt(6), make_prompt(8)
     expected = [call(llama, prompt, do_sample=False)[0] for prompt in prompts]
     texts = {}
@@ -335,9 +337,72 @@ def test_call_by_another_thread_meanwhile_takes_the_other_loop(llama, ways):
     def generate(index, **settings):
         texts[index] = call(llama, prompts[index], assistant_model=make_fixed(llama), do_sample=False, **settings)[0]
 
-    generate(0, streamer=CallsInBetween())
-    assert [texts[0], texts[1]] == expected
-    assert ways == ["device"]
+    for num_calls in range(1, 3):
+        generate(0, streamer=CallsInBetween())
+        assert [texts[0], texts[1]] == expected
+        assert ways == ["device"] * num_calls
+    assert [message for message in caplog.messages if "not captured" in message] == [
+        "Rounds of LlamaForCausalLM are not captured as CUDA graphs: another thread generates on cpu at this time."
+    ]
+
+
+def test_threads_take_turns_on_a_device():
+    seen, first, second = [], torch.device("meta", 0), torch.device("meta", 1)
+
+    def try_both():
+        for device in (first, second):
+            with turns.turn_on(device) as is_free:
+                seen.append(is_free)
+
+    def fail_in_turn():
+        with turns.turn_on(first) as is_free:
+            seen.append(is_free)
+            thread = threading.Thread(target=try_both)
+            thread.start()
+            thread.join()
+            raise ZeroDivisionError
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            fail_in_turn()
+    try_both()
+    assert seen == [True, False, True] * 2 + [True, True]
+
+
+def test_pairs_on_different_devices_generate_at_once_and_capture_one_after_the_other(monkeypatch, ways):
+    """Which of them runs is left to the threads; on the CPU both have to be told that they have a device each."""
+    monkeypatch.setattr(runtime, "turn_on", lambda device: nullcontext(True))
+    monkeypatch.setattr(shelf, "can_capture", lambda device: True)
+    monkeypatch.setattr(shelf, "memory_of", lambda device: 2**40)
+    both, captures, texts = threading.Barrier(2), [], {}
+
+    def capture_slowly(rounds, fuses, compile_config):
+        captures.append("begins")
+        threading.Event().wait(0.2)
+        captures.append("ends")
+
+    monkeypatch.setattr(fixed_rounds.FixedRounds, "capture", capture_slowly)
+
+    class MeetsTheOther(Recorder):
+        def put(self, value):
+            super().put(value)
+            if len(self.pieces) in (2, 9):
+                both.wait(timeout=60)
+
+    def generate(name):
+        target, prompt = TARGETS[name]().eval(), make_prompt(6)
+        settings = {"do_sample": False, "max_new_tokens": 12, "streamer": MeetsTheOther()}
+        expected = target.generate(**prompt, do_sample=False, max_new_tokens=12)
+        texts[name] = torch.equal(target.generate(**prompt, **settings, assistant_model=make_fixed(target)), expected)
+
+    threads = [threading.Thread(target=generate, args=(name,)) for name in ("llama", "qwen3")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert texts == {"llama": True, "qwen3": True}
+    assert captures == ["begins", "ends"] * 2
+    assert ways == ["device"] * 2
 
 
 @pytest.mark.parametrize("setting", ["greedy", "sample"])
