@@ -9,6 +9,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from .fingerprint import Fingerprint
 from .fixed_buffers import TextBuffers
 from .fixed_rounds import Ends, FixedRounds
-from .obstacles import give_reason
+from .obstacles import give_loss, give_reason
 from .prefill import Prefill
 from .sampling import stateless_warpers
 from .support import TreePlan, compile_config
@@ -59,6 +60,39 @@ class KeptSet:
     def belongs_to(self, target: PreTrainedModel) -> bool:
         """Whether these are rounds of `target` itself, not of one that had its weights in the same place."""
         return self.target_ref() is target
+
+
+class Way(NamedTuple):
+    """
+    How rounds are captured.
+
+    Args:
+        compiles (`bool`): Whether `compile_config` is obeyed.
+        fuses (`bool`): Whether the models may run what `fused_target.py` has for them.
+    """
+
+    compiles: bool
+    fuses: bool
+
+
+@dataclass(frozen=True)
+class Failure:
+    """
+    Why a way does not work.
+
+    Args:
+        reason (`str`): For the log.
+        is_known (`bool`): Whether the target is one that asks for more than the attention to trees has.
+    """
+
+    reason: str
+    is_known: bool
+
+    @classmethod
+    def of(cls, error: Exception, target: PreTrainedModel) -> "Failure":
+        first_line = next(iter(str(error).strip().splitlines()), "")  # compilers write pages
+        is_known = type(error) is NotImplementedError or not target._supports_attention_backend
+        return cls(f"{type(error).__name__}: {first_line}".rstrip(": ."), is_known)
 
 
 class Shelf:
@@ -225,23 +259,43 @@ class Shelf:
         self.current = KeptSet(self.buffers, weakref.ref(self.target))
 
     def _captured(self, size: TreePlan) -> FixedRounds | None:
-        """The rounds as graphs; where the target takes no attention but its own, with that."""
-        failed = _failed.setdefault(self.draft, set())
-        if (self.key, size) in failed:
-            return None
-        rounds = self._new_rounds(size)
-        for fuses in [True, False] if self.prefill.is_padded_left and rounds.can_fuse() else [False]:
+        """
+        The rounds as graphs, in the best of the ways that work.
+
+        **Effects**: the log says once what is lost, and why.
+        """
+        failed, failures = _failed.setdefault(self.draft, set()), {}
+        for way in self._ways(size):
+            if (self.key, size, way) in failed:
+                continue
+            rounds = self._new_rounds(size)
             try:
                 with capturing, self.stopwatch, self.buffers.unmoved():
-                    rounds.capture(fuses, self.compile_config)
+                    rounds.capture(way.fuses, self.compile_config if way.compiles else None)
+            except Exception as error:  # whatever a model or a compiler raises
+                failures[way] = Failure.of(error, self.target)
+                if not isinstance(error, torch.OutOfMemoryError):
+                    failed.add((self.key, size, way))
+            else:
+                self._tell_losses(way, failures)
                 return rounds
-            except Exception as error:  # whatever a model raises that asks something of the device
-                reason, is_final = f"{type(error).__name__}: {error}", not isinstance(error, torch.OutOfMemoryError)
-                rounds = self._new_rounds(size)
-        give_reason(self.target, reason)
-        if is_final:
-            failed.add((self.key, size))
+        if failures:
+            give_reason(self.target, list(failures.values())[-1].reason)
         return None
+
+    def _ways(self, size: TreePlan) -> list[Way]:
+        """The best first; a target that takes no attention but its own is captured with that."""
+        can_fuse = self.prefill.is_padded_left and self._new_rounds(size).can_fuse()
+        compiling = [False] if self.compile_config is None else [True, False]
+        return [Way(compiles, fuses) for compiles in compiling for fuses in ([True, False] if can_fuse else [False])]
+
+    def _tell_losses(self, way: Way, failures: dict[Way, Failure]) -> None:
+        compiling = [failure for other, failure in failures.items() if other.compiles > way.compiles]
+        fusing = [failures[other] for other in failures if other == Way(way.compiles, True)]
+        for failure in compiling[:1]:
+            give_loss(self.target, "`compile_config`", failure.reason)
+        for failure in fusing:
+            give_loss(self.target, "fused operations", failure.reason, failure.is_known)
 
     def _new(self, capacity: int) -> TextBuffers:
         return TextBuffers(self.draft, self.largest, self.prefill, capacity, self.draw)
