@@ -3,9 +3,9 @@
 61 nodes, 32 query heads and 8 key-value heads of 128, bfloat16. A graph holds the attention of several layers with
 buffers of their own, up to 32 layers and at least as much as does not stay in the device's cache from one replay to
 the next; times are of one layer. SDPA is what transformers runs for such a mask: keys and values repeated for every
-query head, and a dense additive mask, which is made beforehand. GB/s counts keys and values of the text and the
-nodes once, queries and outputs. Buffers hold the text and the nodes; in the rows with a larger capacity most of the
-buffer is empty, which SDPA reads all the same.
+query head, and a dense additive mask, which is made beforehand. GB/s counts keys and values of the text (of its part
+in the window, if there is one) and the nodes once, queries and outputs. Buffers hold the text and the nodes; in the
+rows with a larger capacity most of the buffer is empty, which SDPA reads all the same.
 """
 
 import argparse
@@ -25,16 +25,18 @@ NUM_REPLAYS = 50
 
 @dataclass(frozen=True)
 class Case:
-    """Sequences of one length in buffers of `capacity` slots."""
+    """Sequences of one length in buffers of `capacity` slots, of which a window may hold the newest ones."""
 
     batch_size: int
     length: int
     capacity: int
+    window: int | None
 
     @property
     def bytes_moved(self) -> int:
         """Keys, values, queries and outputs of one layer."""
-        per_sequence = 2 * NUM_GROUPS * (self.length + NUM_NODES) + 2 * NUM_HEADS * NUM_NODES
+        num_seen = self.length if self.window is None else min(self.length, self.window - 1)
+        per_sequence = 2 * NUM_GROUPS * (num_seen + NUM_NODES) + 2 * NUM_HEADS * NUM_NODES
         return self.batch_size * per_sequence * HEAD_DIM * DTYPE.itemsize
 
     @property
@@ -42,13 +44,13 @@ class Case:
         return max(1, min(MAX_LAYERS, round(GRAPH_BYTES / self.bytes_moved)))
 
 
-def make_cases(batch_sizes: list[int], lengths: list[int]) -> list[Case]:
+def make_cases(batch_sizes: list[int], lengths: list[int], window: int | None) -> list[Case]:
     """Each length in a buffer that it fills, and the shortest also in one for the longest."""
     capacities = {length: -(-(length + NUM_NODES) // 64) * 64 for length in lengths}
     cases = []
     for batch_size in batch_sizes:
-        cases += [Case(batch_size, length, capacities[length]) for length in lengths]
-        cases.append(Case(batch_size, min(lengths), max(capacities.values())))
+        cases += [Case(batch_size, length, capacities[length], window) for length in lengths]
+        cases.append(Case(batch_size, min(lengths), max(capacities.values()), window))
     return cases
 
 
@@ -74,14 +76,15 @@ def ours(case: Case) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], tor
     lengths = torch.full((case.batch_size,), case.length, device="cuda")
     first_slots, scaling = torch.zeros_like(lengths), HEAD_DIM**-0.5
     attends, depths = random_tree(case.batch_size)
-    return lambda query, keys, values: attend_tree(query, keys, values, lengths, first_slots, attends, depths, scaling)
+    arguments = lengths, first_slots, attends, depths, scaling, case.window
+    return lambda query, keys, values: attend_tree(query, keys, values, *arguments)
 
 
 def sdpa(case: Case) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """As transformers calls it, over the whole buffer."""
     lengths = torch.full((case.batch_size,), case.length, device="cuda")
     attends, depths = random_tree(case.batch_size)
-    visible = visible_slots(case.capacity, lengths, torch.zeros_like(lengths), attends, depths, window=None)
+    visible = visible_slots(case.capacity, lengths, torch.zeros_like(lengths), attends, depths, case.window)
     mask = torch.zeros(visible.shape, device="cuda", dtype=DTYPE).masked_fill(~visible, torch.finfo(DTYPE).min)
 
     def attend(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -142,11 +145,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 8192, 32768])
+    parser.add_argument("--window", type=int, help="slots that a node sees; absent: all")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/tree_attention.md"))
     arguments = parser.parse_args()
     columns = ["batch", "length", "capacity", "attend_tree, µs", "GB/s", "SDPA, µs", "GB/s", "ratio"]
     rows = []
-    for case in make_cases(arguments.batch_sizes, arguments.lengths):
+    for case in make_cases(arguments.batch_sizes, arguments.lengths, arguments.window):
         torch.cuda.empty_cache()
         rows.append(benchmark(case))
         print(*rows[-1], flush=True)

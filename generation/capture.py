@@ -51,4 +51,18 @@ def capture(stages: Sequence[Stage], device: torch.device) -> list[Stage]:
                 stage()
     torch.cuda.current_stream(device).wait_stream(stream)
     pool = torch.cuda.graph_pool_handle()
-    return [CapturedStage(stage, pool, stream) for stage in stages]
+    try:
+        return [CapturedStage(stage, pool, stream) for stage in stages]
+    except BaseException:
+        free_random_numbers(device)
+        raise
+
+
+def free_random_numbers(device: torch.device) -> None:
+    """
+    Lets random numbers be drawn after a recording that broke off, which PyTorch's generator takes for going on.
+
+    **Effects**: records something that cannot fail; the generator's state stays what it is.
+    """
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+        torch.zeros(1, device=device)

@@ -23,6 +23,8 @@ from .probing import TOLERATED_SHARE, TOLERATED_SHARE_IN_HALF_PRECISION
 
 # Their windows are in the cache alone: of a chunk, all tokens but the last see more than they would by themselves.
 TYPES_WITH_WINDOWS_OF_CACHE = ("moshi",)
+# Attention is to so many keys: of DeepSeek-V3.2, of Doge.
+NAMES_OF_CHOSEN_KEYS = ("index_topk", "keep_window_size")
 _known_targets: WeakKeyDictionary[PreTrainedModel, dict] = WeakKeyDictionary()
 
 
@@ -43,8 +45,9 @@ class ChunkLimit:
     def of(cls, target: PreTrainedModel) -> "ChunkLimit":
         """The limit of a target, by its configuration."""
         config = target.config.get_text_config(decoder=True)
-        if (num_keys := getattr(config, "index_topk", None)) is not None:
-            return cls(num_keys, f"it chooses `index_topk` ({num_keys}) keys, and not the same of equally good ones")
+        for name in NAMES_OF_CHOSEN_KEYS:
+            if (num_keys := getattr(config, name, None)) is not None:
+                return cls(num_keys, f"it chooses `{name}` ({num_keys}) keys, and not the same of equally good ones")
         if config.model_type == "git":
             return cls(0, "one token gets another mask than several")
         if config.model_type in TYPES_WITH_WINDOWS_OF_CACHE and config.sliding_window is not None:

@@ -113,10 +113,10 @@ class FixedRounds:
         self.listener = None  # it knows the target's layers
 
     def can_fuse(self) -> bool:
-        """Whether the target computes in half precision and has no windows, which its own masks describe."""
-        is_half, device = self.target.dtype in HALF_PRECISION, self.target.device
+        """Whether the target computes in half precision."""
         # Where a GPU has no kernels, their definitions are slower than the target's own code.
-        return is_half and not any(self.windows.values()) and (device.type == "cpu" or can_run_kernels(device))
+        has_kernels = self.target.device.type == "cpu" or can_run_kernels(self.target.device)
+        return self.target.dtype in HALF_PRECISION and has_kernels
 
     def _stages(self) -> tuple[Stage, Stage, Stage, Stage]:
         return self.draft_trees, self.verify, self.choose, self.keep
@@ -163,16 +163,11 @@ class FixedRounds:
         slots = buffers.lengths[:, None] + torch.arange(len(tree), device=self.path.device)
         places = torch.minimum(buffers.lengths[:, None] + tree.depths, buffers.limit - 1)
         buffers.cache.write_at(slots)
-        attention, masks = nullcontext(), None
         if self.fuses:
-            view = TreeInSlots(buffers.lengths, buffers.first_slots, tree.attends, tree.depths)
-            # A mask that fits no keys: attention that is not asked through transformers' interface fails on it.
-            attention, masks = (
-                tree_attention(self.target_ref(), view, self.is_compiled),
-                buffers.lengths.new_zeros(1, 1, 1, 2),
-            )
+            view = TreeInSlots(buffers.lengths, buffers.first_slots, tree.attends, tree.depths, self.windows)
+            attention, masks = tree_attention(self.target_ref(), view, self.is_compiled), view.masks()
         else:
-            masks = self._masks(tree, slots, places)
+            attention, masks = nullcontext(), self._masks(tree, slots, places)
         with self.listener, attention:
             outputs = self.target(
                 input_ids=tree.token_ids,

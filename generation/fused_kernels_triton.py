@@ -49,6 +49,7 @@ def rotate(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
             num_groups,
             num_query_blocks,
             HALF=width // 2,
+            SECOND=cos.shape[-1] - width // 2,
             BLOCK_HALF=triton.next_power_of_2(width // 2),
             BLOCK=BLOCK_HEADS,
             num_warps=2,
@@ -89,6 +90,7 @@ def _rotate_kernel(
     num_groups,
     num_query_blocks,
     HALF: tl.constexpr,
+    SECOND: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -98,9 +100,9 @@ def _rotate_kernel(
     sin_ptr += batch * sin_batch + position * sin_position
     is_column = column < HALF
     first_cos = tl.load(cos_ptr + column * cos_column, mask=is_column, other=0.0)
-    second_cos = tl.load(cos_ptr + (HALF + column) * cos_column, mask=is_column, other=0.0)
+    second_cos = tl.load(cos_ptr + (SECOND + column) * cos_column, mask=is_column, other=0.0)
     first_sin = tl.load(sin_ptr + column * sin_column, mask=is_column, other=0.0)
-    second_sin = tl.load(sin_ptr + (HALF + column) * sin_column, mask=is_column, other=0.0)
+    second_sin = tl.load(sin_ptr + (SECOND + column) * sin_column, mask=is_column, other=0.0)
     if block < num_query_blocks:
         head = block * BLOCK + tl.arange(0, BLOCK)
         _rotate_heads(
@@ -278,25 +280,27 @@ def _write_kernel(
         tl.store(target, tl.load(source + column * value_column, mask=is_value), mask=is_value)
 
 
-def normalise(states: Tensor, weight: Tensor, eps: float, rounds_first: bool) -> Tensor:
+def normalise(states: Tensor, weight: Tensor, eps: float, rounds_first: bool, adds_one: bool) -> Tensor:
     """See `normalise_by_definition`."""
     states = states.contiguous()
     normed = torch.empty_like(states)
-    _launch_norm(None, states, weight, states, normed, eps, rounds_first)
+    _launch_norm(None, states, weight, states, normed, eps, rounds_first, adds_one)
     return normed
 
 
 def add_and_normalise(
-    residual: Tensor, states: Tensor, weight: Tensor, eps: float, rounds_first: bool
+    residual: Tensor, states: Tensor, weight: Tensor, eps: float, rounds_first: bool, adds_one: bool
 ) -> tuple[Tensor, Tensor]:
     """See `add_and_normalise_by_definition`."""
     residual, states = residual.contiguous(), states.contiguous()
     sums, normed = torch.empty_like(residual), torch.empty_like(residual)
-    _launch_norm(residual, states, weight, sums, normed, eps, rounds_first)
+    _launch_norm(residual, states, weight, sums, normed, eps, rounds_first, adds_one)
     return sums, normed
 
 
-def _launch_norm(residual: Tensor | None, states, weight, sums, normed, eps: float, rounds_first: bool) -> None:
+def _launch_norm(
+    residual: Tensor | None, states, weight, sums, normed, eps: float, rounds_first: bool, adds_one: bool
+) -> None:
     width = states.shape[-1]
     num_rows, block = states.numel() // width, triton.next_power_of_2(width)
     block_rows = max(1, BLOCK_NORM // block)
@@ -312,6 +316,7 @@ def _launch_norm(residual: Tensor | None, states, weight, sums, normed, eps: flo
             width,
             HAS_RESIDUAL=residual is not None,
             ROUNDS_FIRST=rounds_first,
+            ADDS_ONE=adds_one,
             BLOCK_ROWS=block_rows,
             BLOCK=block,
             num_warps=8 if block > 2048 else 4,
@@ -330,6 +335,7 @@ def _norm_kernel(
     width,
     HAS_RESIDUAL: tl.constexpr,
     ROUNDS_FIRST: tl.constexpr,
+    ADDS_ONE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -338,6 +344,8 @@ def _norm_kernel(
     place, is_needed = row * width + column, (row < num_rows) & (column < width)
     states = tl.load(states_ptr + place, mask=is_needed, other=0.0)
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    if ADDS_ONE:
+        weight += 1
     if HAS_RESIDUAL:
         residual = tl.load(residual_ptr + place, mask=is_needed, other=0.0)
         states = (residual.to(tl.float32) + states.to(tl.float32)).to(states.dtype)

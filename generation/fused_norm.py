@@ -1,8 +1,9 @@
 """RMSNorm (arXiv:1910.07467) in one kernel instead of the six of a target's own code.
 
-There are two usual ones: most models of transformers round what they have normalised before they multiply by the
-weight, PyTorch's own rounds at the end. Which of them a norm is, is tried on random states; the kernel rounds where
-that one does, so that but for the order of a sum the results have the same bits.
+There are three usual ones: most models of transformers round what they have normalised before they multiply by the
+weight, PyTorch's own rounds at the end, and so does Gemma's, which adds one to the weight. Which of them a norm is, is
+tried on random states; the kernel rounds where that one does, so that but for the order of a sum the results have the
+same bits.
 
 Shapes: D hidden.
 """
@@ -18,6 +19,8 @@ from .kernels import HALF_PRECISION, can_run_kernels
 
 # One program reads a row.
 MAX_WIDTH = 16384
+# Whether a norm rounds first, and whether it adds one to its weight.
+FORMS = [(True, False), (False, False), (False, True)]
 TRIED_ROWS = 8
 
 
@@ -30,19 +33,21 @@ class UsualNorm:
         weight (`torch.Tensor` of shape `(D,)`): In half precision.
         eps (`float`): Added to the mean of squares.
         rounds_first (`bool`): Whether the normalised states are rounded before they are multiplied by `weight`.
+        adds_one (`bool`): Whether they are multiplied by `1 + weight` instead.
     """
 
     weight: Tensor
     eps: float
     rounds_first: bool
+    adds_one: bool
 
     def __call__(self, states: Tensor) -> Tensor:
         """`(..., D)` normalised."""
         if not self.runs_on_triton(states):
-            return normalise_by_definition(states, self.weight, self.eps, self.rounds_first)
+            return normalise_by_definition(states, self.weight, self.eps, self.rounds_first, self.adds_one)
         from .fused_kernels_triton import normalise
 
-        return normalise(states, self.weight, self.eps, self.rounds_first)
+        return normalise(states, self.weight, self.eps, self.rounds_first, self.adds_one)
 
     def runs_on_triton(self, states: Tensor) -> bool:
         fits = states.shape[-1] == len(self.weight) <= MAX_WIDTH and states.dtype == self.weight.dtype
@@ -73,13 +78,14 @@ def usual_norm(module: nn.Module) -> UsualNorm | None:
     generator = torch.Generator(weight.device).manual_seed(0)  # nobody's random numbers are used up
     states = torch.randn(TRIED_ROWS, len(weight), generator=generator, device=weight.device, dtype=weight.dtype)
     expected, tolerance = module(states), 4 * torch.finfo(weight.dtype).eps
-    norms = [UsualNorm(weight, eps, rounds_first) for rounds_first in (True, False)]
+    norms = [UsualNorm(weight, eps, *form) for form in FORMS]
     norm = min(norms, key=lambda norm: (norm(states) != expected).sum().item())
     return norm if torch.allclose(norm(states), expected, rtol=tolerance, atol=tolerance) else None
 
 
-def normalise_by_definition(states: Tensor, weight: Tensor, eps: float, rounds_first: bool) -> Tensor:
+def normalise_by_definition(states: Tensor, weight: Tensor, eps: float, rounds_first: bool, adds_one: bool) -> Tensor:
     """As [`UsualNorm`]."""
     wide = states.float()
     normed = wide * torch.rsqrt(wide.pow(2).mean(dim=-1, keepdim=True) + eps)
+    weight = 1 + weight.float() if adds_one else weight
     return weight * normed.to(states.dtype) if rounds_first else (weight.float() * normed).to(states.dtype)

@@ -148,7 +148,7 @@ def add_and_normalise(residual: Tensor, states: Tensor, norm: UsualNorm) -> tupl
         return add_and_normalise_by_definition(residual, states, norm)
     from .fused_kernels_triton import add_and_normalise
 
-    return add_and_normalise(residual, states, norm.weight, norm.eps, norm.rounds_first)
+    return add_and_normalise(residual, states, norm.weight, norm.eps, norm.rounds_first, norm.adds_one)
 
 
 def add_and_normalise_by_definition(residual: Tensor, states: Tensor, norm: UsualNorm) -> tuple[Tensor, Tensor]:

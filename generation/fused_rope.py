@@ -3,6 +3,7 @@
 The models of transformers call a function of their module, `apply_rotary_pos_emb(q, k, cos, sin)`. Where that computes
 the usual rotation (arXiv:2104.09864, Eq. 34, half against half as in Llama), which is tried on random heads, another
 function stands in its place for a while. It rounds where the original does, so that the results have the same bits.
+Angles are given for all columns of a head, or for one half, because both are alike (GPT-OSS).
 
 Shapes: B batch, H heads, G key-value heads, N positions, d width of a head.
 """
@@ -36,8 +37,9 @@ def fused_rope(target: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as stack:
         for module in modules_with_rope(target):
             original = vars(module)[ROPE_FUNCTION]
-            if is_usual_rope(original, target.device, target.dtype):
-                setattr(module, ROPE_FUNCTION, rope_of_this_thread(original))
+            num_columns = columns_per_angle(original, target.device, target.dtype)
+            if num_columns is not None:
+                setattr(module, ROPE_FUNCTION, rope_of_this_thread(original, num_columns))
                 stack.callback(setattr, module, ROPE_FUNCTION, original)
         yield
 
@@ -64,45 +66,58 @@ def modules_with_rope(target: nn.Module) -> list[ModuleType]:
     return [module for module in modules if callable(vars(module).get(ROPE_FUNCTION))]
 
 
-def is_usual_rope(function: Callable, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a function computes what [`rotate_by_definition`] does, in half precision; tried on random heads."""
+def columns_per_angle(function: Callable, device: torch.device, dtype: torch.dtype) -> int | None:
+    """
+    The share of a head's columns to which a function takes one angle, 1 or 2; `None`: it is no usual rotation.
+
+    A usual one computes what [`rotate_by_definition`] does, in half precision; that is tried on random heads.
+    """
     parameters = list(inspect.signature(function).parameters.values())
     names = [parameter.name for parameter in parameters[:4]]
     are_optional = all(parameter.default is not parameter.empty for parameter in parameters[4:])
     if names != ["q", "k", "cos", "sin"] or not are_optional or dtype not in HALF_PRECISION:
-        return False
+        return None
+    return next((num for num in (1, 2) if computes_rotation(function, num, device, dtype)), None)
+
+
+def computes_rotation(function: Callable, num_columns: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a function computes what [`rotate_by_definition`] does with an angle for so many columns."""
     generator = torch.Generator(device).manual_seed(0)  # nobody's random numbers are used up
     random = partial(torch.randn, generator=generator, device=device, dtype=dtype)
     query, key = random(2, 4, 3, TRIED_WIDTH), random(2, 2, 3, TRIED_WIDTH)
-    cos_sin = random(2, 3, TRIED_WIDTH), random(2, 3, TRIED_WIDTH)
+    cos_sin = random(2, 3, TRIED_WIDTH // num_columns), random(2, 3, TRIED_WIDTH // num_columns)
     tolerance = 4 * torch.finfo(dtype).eps
+    try:
+        rotated = function(query, key, *cos_sin)
+    except RuntimeError:  # it takes angles of another shape
+        return False
     return all(
         torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
-        for found, expected in zip(rotate_heads(query, key, *cos_sin), function(query, key, *cos_sin), strict=True)
+        for found, expected in zip(rotate_heads(query, key, *cos_sin), rotated, strict=True)
     )
 
 
-def rope_of_this_thread(original: Callable) -> Callable:
+def rope_of_this_thread(original: Callable, num_columns: int) -> Callable:
     """A function that does what `original` does: for the thread that asks for it now as one kernel, where it can."""
     thread = threading.get_ident()
 
     @wraps(original)
     def apply(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if threading.get_ident() != thread or args or kwargs or not is_usual_call(q, k, cos, sin):
+        if threading.get_ident() != thread or args or kwargs or not is_usual_call(q, k, cos, sin, num_columns):
             return original(q, k, cos, sin, *args, **kwargs)
         return rotate_heads(q, k, cos, sin)
 
     return apply
 
 
-def is_usual_call(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> bool:
-    """Whether whole heads of half precision are to be rotated, `(B, H or G, N, d)` by `(B or 1, N, d)`."""
+def is_usual_call(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, num_columns: int) -> bool:
+    """Whether whole heads of half precision are to be rotated, `(B, H or G, N, d)`; see [`columns_per_angle`]."""
     if query.dim() != 4 or key.dim() != 4 or cos.dim() != 3 or query.dtype not in HALF_PRECISION:
         return False
     batch_size, _, num_positions, width = query.shape
     are_alike = len({query.dtype, key.dtype, cos.dtype, sin.dtype}) == 1 and cos.shape == sin.shape
     fits = key.shape[0] == batch_size and key.shape[2:] == query.shape[2:] and cos.shape[0] in (1, batch_size)
-    return are_alike and fits and cos.shape[1:] == (num_positions, width) and width % 2 == 0
+    return are_alike and fits and cos.shape[1:] == (num_positions, width // num_columns) and width % 2 == 0
 
 
 def rotate_heads(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -111,7 +126,7 @@ def rotate_heads(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[
 
     Args:
         query (`torch.Tensor` of shape `(B, H, N, d)`), key (`torch.Tensor` of shape `(B, G, N, d)`): Heads.
-        cos, sin (`torch.Tensor` of shape `(B or 1, N, d)`): Of the angles.
+        cos, sin (`torch.Tensor` of shape `(B or 1, N, d or d / 2)`): Of the angles, of both halves or for both.
     """
     if not query.is_cuda or not can_run_kernels(query.device):
         return rotate_by_definition(query, key, cos, sin)
@@ -136,6 +151,8 @@ def rotate_alone(heads: Tensor, cos_sin: tuple[Tensor, Tensor]) -> Tensor:
 
 def rotate_by_definition(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """As [`rotate_heads`]."""
+    if cos.shape[-1] < query.shape[-1]:
+        cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([sin, sin], dim=-1)
     cos, sin = cos[:, None], sin[:, None]
     halves = (heads.chunk(2, dim=-1) for heads in (query, key))
     turned = [torch.cat([-second, first], dim=-1) for first, second in halves]

@@ -1,7 +1,7 @@
 """What a captured forward does better than a model's own code, with the same numbers up to rounding.
 
     attention    to a tree by `tree_attention.py`: no mask of all slots, keys and values are not repeated for every
-                 query head, and slots that are not in use cost nothing
+                 query head, and slots that are not in use, or not in a layer's window, cost nothing
     RMSNorm      one kernel instead of six (`fused_norm.py`), with the sum before it (`fused_residual.py`)
     RoPE         one kernel instead of ten (`fused_rope.py`)
     MLP          the gate in one kernel instead of two (`fused_mlp.py`), the draft's as well
@@ -31,7 +31,17 @@ from .opaque_ops import tree_attention_op
 # Names are global, and two versions of this package may be loaded.
 TREE_ATTENTION = f"tree_{re.sub(r'[^0-9A-Za-z]', '_', __name__)}"
 # What attention functions get that has no bearing on the result at inference, or says what is known here anyhow.
-KNOWN_ARGUMENTS = {"dropout", "position_ids", "is_causal", "use_cache", "cache_position", "logits_to_keep"}
+KNOWN_ARGUMENTS = {
+    "dropout",
+    "position_ids",
+    "is_causal",
+    "use_cache",
+    "cache_position",
+    "logits_to_keep",
+    "output_router_logits",
+}
+# A mask of one key would fit any number of them.
+LEAST_MASK_WIDTH = 2
 
 
 @dataclass(frozen=True)
@@ -43,12 +53,39 @@ class TreeInSlots:
         lengths (`torch.Tensor`): Slots in use of each sequence.
         first_slots (`torch.Tensor`): The first of them behind the padding.
         attends (`torch.Tensor`), depths (`torch.Tensor`): Of the nodes.
+        windows (`dict[str, int | None]`): The sliding window of each kind of the target's layers; `None`: they see
+            everything.
     """
 
     lengths: Tensor
     first_slots: Tensor
     attends: Tensor
     depths: Tensor
+    windows: dict[str, int | None]
+
+    def masks(self) -> Tensor | dict[str, Tensor]:
+        """
+        What the target gets in the place of masks, one for each kind of layers, told apart by their widths.
+
+        They fit no keys: attention that is not asked through transformers' interface fails on them.
+        """
+        masks = {kind: self.lengths.new_zeros(1, 1, 1, width) for width, kind in self._kinds().items()}
+        return masks if len(masks) > 1 else next(iter(masks.values()))
+
+    def window(self, mask: Tensor | None) -> int | None:
+        """
+        The window of a layer that got `mask`.
+
+        Layers need not tell their window (Qwen2-MoE, Phi-3.5-MoE), but whichever mask they get is theirs.
+        """
+        kinds = self._kinds()
+        width = None if mask is None else mask.shape[-1]
+        if width not in kinds:
+            raise NotImplementedError(f"attention with a mask of width {width}, given were {sorted(kinds)}")
+        return self.windows[kinds[width]]
+
+    def _kinds(self) -> dict[int, str]:
+        return dict(enumerate(self.windows, LEAST_MASK_WIDTH))
 
 
 # Of the graph that is being captured: attention functions get nothing but tensors of their layer.
@@ -74,12 +111,16 @@ def attend_to_tree(
     Raises:
         NotImplementedError: If a target's attention asks for more.
     """
-    unknown = {name for name, given in kwargs.items() if given is not None and given is not False} - KNOWN_ARGUMENTS
-    if unknown or sliding_window is not None:
-        raise NotImplementedError(f"attention with {sorted(unknown)} and a window of {sliding_window}")
+    wishes = {name for name, given in kwargs.items() if given is not None and given is not False}
+    unknown = wishes - KNOWN_ARGUMENTS
     tree = _trees[-1]
+    window = tree.window(attention_mask)
+    if unknown or sliding_window not in (None, window):
+        raise NotImplementedError(
+            f"attention with {sorted(unknown)} and a window of {sliding_window} where the mask has {window}"
+        )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    arguments = tree.lengths, tree.first_slots, tree.attends, tree.depths, scaling, softcap, s_aux
+    arguments = tree.lengths, tree.first_slots, tree.attends, tree.depths, scaling, window, softcap, s_aux
     return tree_attention_op(query, key, value, *arguments), None
 
 
@@ -89,7 +130,7 @@ AttentionInterface.register(TREE_ATTENTION, attend_to_tree)
 @contextmanager
 def tree_attention(target: PreTrainedModel, tree: TreeInSlots, is_compiled: bool) -> Iterator[None]:
     """
-    While the context is open, `target` attends to the slots by `tree`; masks are not looked at.
+    While the context is open, `target` attends to the slots by `tree`, whose masks it gets.
 
     Other threads, which may run the target meanwhile, have its own attention; not so if it `is_compiled`, because a
     compiler does not know of threads.

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .latent_rotated_triton import rotated_part_kernel, rotated_tile_sizes
+from .latent_rotated_triton import rotated_part_kernel, rotated_tile_bytes, rotated_tile_sizes
 from .latent_tiles_triton import (
     add_to_softmax,
     block_of,
@@ -39,8 +39,9 @@ ABSORBED_ENTRIES = 64
 JOINED_PARTS = 16
 # Of W_uv in the registers of a program.
 JOINED_ELEMENTS = 128 * 256
-# Of a multiprocessor of an H100, less what each of two programs needs besides.
-SHARED_BYTES = 220 * 1024
+# Shared memory of a multiprocessor of an H100, less what the device takes of it for each of two programs; what a
+# program takes beyond its tiles; and the warps of a program, with 255 registers a thread, of which two find room.
+SHARED_BYTES, SCRATCH_BYTES, SHARING_WARPS = 226 * 1024, 4096, 4
 CPU_PROGRAMS = 12
 LOG2_E = 1.4426950408889634  # exponentials are powers of two
 
@@ -58,13 +59,13 @@ def attend(
     group_rows = num_heads // num_key_groups * num_rows
     if rope_dim == 0:
         tile = rotated_tile_sizes(group_rows, latent_dim, num_slots)
-        shared = bytes_of(tile, latent_dim, 0) + num_bytes(2 * block_of(head_dim // 2), latent_dim)
+        shared_bytes = rotated_tile_bytes(tile, latent_dim, 2 * block_of(head_dim // 2))
     else:
         tile = absorbed_tile_sizes(group_rows, latent_dim)
-        shared = bytes_of(tile, latent_dim, rope_dim)
+        shared_bytes = absorbed_tile_bytes(tile, latent_dim, block_of(rope_dim))
     num_row_tiles = triton.cdiv(group_rows, tile["BLOCK_ROWS"])
     # Not one program more than run at once: the last few would double the time.
-    max_programs = num_programs(query.device, 2 if tile["num_warps"] == 4 and 2 * shared <= SHARED_BYTES else 1)
+    max_programs = num_programs(query.device, tile["num_warps"], shared_bytes)
     max_parts = max_programs // (batch_size * num_key_groups * num_row_tiles)
     num_parts = max(1, min(triton.cdiv(num_slots, tile["BLOCK_SLOTS"]), max_parts))
     partial = query.new_empty(batch_size, num_parts, num_heads, num_rows, latent_dim, dtype=torch.float32)
@@ -212,19 +213,18 @@ def absorbed_tile_sizes(num_rows: int, latent_dim: int) -> dict[str, int]:
     return {**sizes, "num_warps": 4, "num_stages": num_stages}
 
 
-def bytes_of(tile: dict[str, int], latent_dim: int, rope_dim: int) -> int:
-    """Of shared memory, which holds the tiles of all stages and their queries."""
-    return num_bytes(tile["num_stages"] * tile["BLOCK_SLOTS"] + tile["BLOCK_ROWS"], latent_dim + rope_dim)
+def absorbed_tile_bytes(tile: dict[str, int], latent_dim: int, rope_dim: int) -> int:
+    """Of shared memory in half precision: tiles, queries and weights."""
+    num_rows, num_slots = tile["BLOCK_ROWS"], tile["BLOCK_SLOTS"]
+    return 2 * ((tile["num_stages"] * num_slots + num_rows) * (latent_dim + rope_dim) + num_rows * num_slots)
 
 
-def num_bytes(num_rows: int, width: int) -> int:
-    """Of a matrix in half precision."""
-    return 2 * num_rows * width
-
-
-def num_programs(device: torch.device, per_sm: int) -> int:
-    """How many programs run at once."""
-    return per_sm * sm_count(device) if device.type == "cuda" else CPU_PROGRAMS
+def num_programs(device: torch.device, num_warps: int, shared_bytes: int) -> int:
+    """How many programs run at once; two share a multiprocessor where both find room."""
+    if device.type != "cuda":
+        return CPU_PROGRAMS
+    has_room = num_warps == SHARING_WARPS and 2 * (shared_bytes + SCRATCH_BYTES) <= SHARED_BYTES
+    return (2 if has_room else 1) * sm_count(device)
 
 
 @functools.cache

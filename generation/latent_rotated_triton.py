@@ -39,12 +39,18 @@ MAX_LARGE_LATENT = 256
 
 
 def rotated_tile_sizes(num_rows: int, latent_dim: int, num_slots: int) -> dict[str, int]:
-    """Sizes of a tile, its warps and stages; shared memory holds tiles, their queries and a group's key matrix."""
+    """Sizes of a tile, its warps and stages."""
     sizes = {"CHUNK": latent_dim & -latent_dim}
     if num_rows > SMALL_ROWS and num_slots > LONG_CAPACITY and latent_dim <= MAX_LARGE_LATENT:
         return {**sizes, "BLOCK_ROWS": LARGE_ROWS, "BLOCK_SLOTS": 128, "num_warps": 8, "num_stages": 2}
     block_rows = 16 if num_rows <= 16 or latent_dim > MAX_LARGE_LATENT else SMALL_ROWS
     return {**sizes, "BLOCK_ROWS": block_rows, "BLOCK_SLOTS": 64, "num_warps": 4, "num_stages": 1}
+
+
+def rotated_tile_bytes(tile: dict[str, int], latent_dim: int, head_dim: int) -> int:
+    """Of shared memory in half precision: tiles, a group's key matrix, queries and weights."""
+    num_rows, num_slots = tile["BLOCK_ROWS"], tile["BLOCK_SLOTS"]
+    return 2 * ((tile["num_stages"] * num_slots + head_dim) * latent_dim + num_rows * (head_dim + num_slots))
 
 
 @triton.jit
@@ -149,7 +155,7 @@ def rotated_part_kernel(
         query = _turned_back(queries, tile_angles, dtype)
         keys = _keys(tiles, matrices, angles, BLOCK_KEY, PRECISION)
         scores = tl.trans(tl.dot(keys, tl.trans(query), input_precision=PRECISION) * scaling)
-        if BLOCK_ROWS < 64:
+        if BLOCK_ROWS < 64:  # with more, weights are read rightly either way
             scores = shown(scores, sees_ptr, row, is_row, slot - (length - num_drafted), is_held, num_drafted)
         elif HAS_FIRST:
             scores = tl.where(is_held[None, :], scores, float("-inf"))

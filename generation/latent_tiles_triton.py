@@ -97,9 +97,9 @@ def shown(scores, sees_ptr, row, is_row, drafted, is_held, num_drafted):
     """
     Minus infinity where a row does not see a slot: those not held, and drafted ones that are not its own.
 
-    Kernels read `sees` for every tile, also where none of its slots is drafted. The order of that load is what the
-    compiler takes for weights in shared memory; those in the order of a matrix product with less than 64 rows are read
-    wrongly by the next product (Triton 3.6).
+    Kernels do this for every tile, also where no slot is drafted: the load, of slots next to each other, decides how
+    the compiler lays out the weights in shared memory. Laid out with fewer than 64 rows next to each other, they are
+    read wrongly by the product with the latents (Triton 3.6).
     """
     is_asked = (is_held & (drafted >= 0))[None, :] & is_row[:, None]
     sees = tl.load(sees_ptr + row[:, None] * num_drafted + drafted[None, :], mask=is_asked, other=1)

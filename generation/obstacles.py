@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # Inputs of a target that rounds at fixed shapes give it, or that say nothing about single tokens.
 KNOWN_INPUTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 KNOWN_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer}
-_reasons_given: set[str] = set()
+_reasons_given: set[str | tuple[str, str]] = set()
 
 
 def takes_fixed_shapes(
@@ -105,3 +105,11 @@ def give_reason(target: PreTrainedModel, reason: str) -> None:
     if reason not in _reasons_given:
         _reasons_given.add(reason)
         logger.warning("Rounds of %s are not captured as CUDA graphs: %s.", type(target).__name__, reason)
+
+
+def give_loss(target: PreTrainedModel, lost: str, reason: str, is_known: bool = False) -> None:
+    """Says once in the log why a target's graphs are slower than they could be; as information if it `is_known`."""
+    if (lost, reason) not in _reasons_given:
+        _reasons_given.add((lost, reason))
+        level = logging.INFO if is_known else logging.WARNING
+        logger.log(level, "Rounds of %s are captured without %s: %s.", type(target).__name__, lost, reason)

@@ -25,16 +25,17 @@ def tree_attention_op(
     attends: Tensor,
     depths: Tensor,
     scaling: float,
+    window: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
     """As [`attend_tree`], `(B, H, N, d)` -> `(B, N, H, dv)`."""
-    arguments = lengths, first, attends, depths, scaling
-    return attend_tree(query, keys, values, *arguments, softcap=softcap, sinks=sinks).transpose(1, 2).contiguous()
+    arguments = lengths, first, attends, depths, scaling, window, softcap, sinks
+    return attend_tree(query, keys, values, *arguments).transpose(1, 2).contiguous()
 
 
 @tree_attention_op.register_fake
-def _(query, keys, values, lengths, first, attends, depths, scaling, softcap, sinks):
+def _(query, keys, values, lengths, first, attends, depths, scaling, window, softcap, sinks):
     batch_size, num_heads, num_nodes, _ = query.shape
     return query.new_empty(batch_size, num_nodes, num_heads, values.shape[-1])
 

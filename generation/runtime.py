@@ -5,27 +5,25 @@ launch of a captured graph. Where shapes cannot be fixed (`obstacles.py`), or a 
 `decoder.py` runs, and the log says once why.
 """
 
-import threading
 import time
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .fixed_rounds import FixedRounds, tree_size
 from .memory import DraftMemory
 from .metrics import SpeculationStats
+from .obstacles import give_reason
 from .prefill import Prefill
 from .ragged import RaggedTexts
 from .shelf import Shelf
 from .sizing import FIXED_STEP, ConstantSize, TreeSizer, sizes_for
 from .support import TreePlan
+from .turns import turn_on
 from .verification import TextsInStep, Walks
-
-_in_use = threading.Lock()
-# When the device is done with the call before: it may have run on another stream.
-_last_uses: list[torch.cuda.Event] = []
 
 
 def decode_at_fixed_shapes(
@@ -38,7 +36,7 @@ def decode_at_fixed_shapes(
     model_kwargs: dict,
 ) -> bool:
     """
-    All rounds of a call.
+    All rounds of a call, unless another thread is at them on this device: the log says so, once.
 
     Args:
         target, draft, texts, stats: As in `decoder.py`.
@@ -47,45 +45,51 @@ def decode_at_fixed_shapes(
         model_kwargs (`dict`): The target's generation state, with its cache, which has read the prompt.
 
     Returns:
-        `bool`: Whether the text is finished. If not, the other loop can begin.
+        `bool`: Whether the text is finished. If not, the other loop can begin, or go on.
 
-    **Effects**: fills `texts` and `stats`; the cache holds the whole text but its last token, `memory` all rows.
+    **Effects**: fills `texts` and `stats`; the cache holds the whole text but its last token, `memory` all rows, and
+    `model_kwargs` knows how long the text has become.
     """
-    if not _in_use.acquire(blocking=False):
-        return False  # the buffers are another thread's for now
-    try:
-        wait_for_last_use(target.device)
+    with turn_on(target.device) as is_free:
+        if not is_free:
+            give_reason(target, f"another thread generates on {target.device} at this time")
+            return False
         with stats.times.draft:
             memory.read_prompt(draft, target)
         prefill = Prefill.of_call(memory, model_kwargs)
         shelf = Shelf(target, draft, plan, texts.transcript, prefill, stats.times.capture)
         sizes = sizes_for(draft, target, plan, len(texts.ids), FIXED_STEP)
-        num_slots = prefill.cache.get_seq_length() + 2 * tree_size(plan)
-        if not shelf.make_room(num_slots) or shelf.rounds(sizes.choose()) is None:
+        num_read = prefill.cache.get_seq_length()
+        if not shelf.make_room(num_read + 2 * tree_size(plan)) or shelf.rounds(sizes.choose()) is None:
             return False
         shelf.buffers.load(prefill, texts.transcript)
+        go_on = follow_the_device if device_can_choose(texts) else choose_on_the_host
         try:
-            go_on = follow_the_device if device_can_choose(texts) else choose_on_the_host
-            go_on(shelf, sizes, texts, stats)
-        finally:  # also after an error: the cache may be the caller's
+            is_finished = go_on(shelf, sizes, texts, stats)
+        except BaseException:  # the cache may be the caller's
             shelf.buffers.cache.give_back(prefill.cache, texts.transcript.num_kept_slots)
+            raise
+        if is_finished:
+            shelf.buffers.cache.give_back(prefill.cache, texts.transcript.num_kept_slots)
+        else:
+            give_back_unfinished(shelf, target, texts, num_read, model_kwargs)
         shelf.buffers.memory.give_back(memory)
-        return True
-    finally:
-        note_use(target.device)
-        _in_use.release()
+        return is_finished
 
 
-def wait_for_last_use(device: torch.device) -> None:
-    """Lets what comes on this stream begin after the call before, which may have left work on another one."""
-    while _last_uses:
-        torch.cuda.current_stream(device).wait_event(_last_uses.pop())
+def give_back_unfinished(
+    shelf: Shelf, target: PreTrainedModel, texts: RaggedTexts | TextsInStep, num_before: int, model_kwargs: dict
+) -> None:
+    """
+    Leaves a text, of which the target had read `num_before` slots, to the other loop, whose caches grow as needed.
 
-
-def note_use(device: torch.device) -> None:
-    """Marks the end of a call on its stream."""
-    if device.type == "cuda":
-        _last_uses.append(torch.cuda.current_stream(device).record_event())
+    **Effects**: the target's cache and `model_kwargs` are those of the longest sequence.
+    """
+    cache, num_read = model_kwargs["past_key_values"], slots_of(texts) - 1
+    shelf.buffers.cache.give_back(cache, num_read, min(texts.lengths or [num_read]))
+    outputs, num_new = CausalLMOutputWithPast(past_key_values=cache), num_read - num_before
+    if num_new > 0:
+        model_kwargs |= target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_new)
 
 
 def device_can_choose(texts: RaggedTexts | TextsInStep) -> bool:
@@ -97,15 +101,17 @@ def device_can_choose(texts: RaggedTexts | TextsInStep) -> bool:
 
 def choose_on_the_host(
     shelf: Shelf, sizes: TreeSizer | ConstantSize, texts: RaggedTexts | TextsInStep, stats: SpeculationStats
-) -> None:
+) -> bool:
     """
-    All rounds, in which processors see the text before the next token is chosen.
+    All rounds for which there is memory, in which processors see the text before the next token is chosen.
+
+    Returns:
+        `bool`: Whether the texts are finished.
 
     **Effects**: extends the texts and moves all buffers on.
     """
     transcript = texts.transcript
-    while not transcript.is_finished:
-        make_room_for_round(shelf, texts)
+    while not transcript.is_finished and make_room_for_round(shelf, texts):
         size = sizes.choose()
         rounds, began = shelf.rounds_of_text(size), time.perf_counter()
         if transcript.do_sample:
@@ -122,25 +128,27 @@ def choose_on_the_host(
             rounds.keep()
         record_round(stats, shelf, rounds, verdict.walks, texts)
         sizes.record(size, verdict.walks.ranks, time.perf_counter() - began)
+    return transcript.is_finished
 
 
 def follow_the_device(
     shelf: Shelf, sizes: TreeSizer | ConstantSize, texts: RaggedTexts, stats: SpeculationStats
-) -> None:
+) -> bool:
     """
-    All rounds, in which the device chooses and goes on by itself; the host reads what it has chosen.
+    All rounds for which there is memory, in which the device chooses and goes on by itself; the host reads what it has
+    chosen.
 
     A greedy round begins before the host has taken over the one before, unless that one is seen to be the last.
+
+    Returns:
+        `bool`: Whether the texts are finished.
 
     **Effects**: extends the texts and moves all buffers on.
     """
     device, coming = texts.ids.device, None
     texts.move_to("cpu")
-    while not texts.transcript.is_finished:
-        if coming is None:
-            make_room_for_round(shelf, texts)
-            coming = begin_round(shelf, sizes, texts, stats)
-        current = coming
+    while not texts.transcript.is_finished and (coming is not None or make_room_for_round(shelf, texts)):
+        current = coming or begin_round(shelf, sizes, texts, stats)
         rows, seconds = current.wait()
         coming = begin_round(shelf, sizes, texts, stats) if may_begin_another(shelf, texts, rows) else None
         plan = current.rounds.plan
@@ -148,13 +156,18 @@ def follow_the_device(
         record_round(stats, shelf, current.rounds, walks, texts)
         sizes.record(plan, walks.ranks, seconds)
     texts.move_to(device)
+    return texts.transcript.is_finished
 
 
-def make_room_for_round(shelf: Shelf, texts: RaggedTexts | TextsInStep) -> None:
-    """Changes to buffers for two more of the largest trees where those in use have no room for one."""
-    num_nodes = tree_size(shelf.largest)
-    if (num_slots := slots_of(texts)) + num_nodes > shelf.buffers.capacity:
-        shelf.grow(num_slots + 2 * num_nodes)
+def make_room_for_round(shelf: Shelf, texts: RaggedTexts | TextsInStep) -> bool:
+    """
+    Changes to buffers for two more of the largest trees where those in use have no room for one.
+
+    Returns:
+        `bool`: Whether there is room. If not, the log says why.
+    """
+    num_nodes, num_slots = tree_size(shelf.largest), slots_of(texts)
+    return num_slots + num_nodes <= shelf.buffers.capacity or shelf.grow(num_slots + 2 * num_nodes)
 
 
 def may_begin_another(shelf: Shelf, texts: RaggedTexts, rows: list[list[int]]) -> bool:

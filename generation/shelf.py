@@ -1,27 +1,31 @@
 """Buffers and graphs of rounds at fixed shapes: made for a call, kept for the next one that is like it.
 
-What a graph has recorded reads and writes at fixed addresses, so it lasts as long as the models' weights stay where
-they are. Of a pair the sets of the latest calls are kept, as many as a part of the device's memory holds.
+What a graph has recorded reads and writes at fixed addresses and looks at no Python attribute again, so it lasts as
+long as the models' weights stay where they are and both compute as they did (`fingerprint.py`). Of a pair the sets of
+the latest calls are kept, as many as a part of the device's memory holds.
 """
 
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from .fingerprint import Fingerprint
 from .fixed_buffers import TextBuffers
 from .fixed_rounds import Ends, FixedRounds
-from .obstacles import give_reason
+from .obstacles import give_loss, give_reason
 from .prefill import Prefill
 from .sampling import stateless_warpers
 from .support import TreePlan, compile_config
 from .timing import Stopwatch
 from .transcript import Transcript
+from .turns import capturing
 
 # Capacities are powers of two and the middles between them: a third of the slots is never used, at most.
 LEAST_CAPACITY = 256
@@ -29,11 +33,12 @@ LEAST_CAPACITY = 256
 MOST_KEPT = 4
 # Share of the device's memory that their caches may take.
 KEPT_SHARE = 0.25
-# What layers of adapters say about themselves.
-ADAPTER_FIELDS = {"disable_adapters", "active_adapters", "merged"}
+# How often the forwards of one capture may change what a model holds in Python.
+MOST_CHANGES = 1
 
-_kept: WeakKeyDictionary[nn.Module, OrderedDict] = WeakKeyDictionary()
-# What could not be captured, and would not be another time.
+# Of each device, which threads use by turns.
+_kept: dict[torch.device, WeakKeyDictionary[nn.Module, OrderedDict]] = {}
+# What could not be captured, and would not be another time: sizes of a call, or a target altogether.
 _failed: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()
 
 
@@ -55,6 +60,39 @@ class KeptSet:
     def belongs_to(self, target: PreTrainedModel) -> bool:
         """Whether these are rounds of `target` itself, not of one that had its weights in the same place."""
         return self.target_ref() is target
+
+
+class Way(NamedTuple):
+    """
+    How rounds are captured.
+
+    Args:
+        compiles (`bool`): Whether `compile_config` is obeyed.
+        fuses (`bool`): Whether the models may run what `fused_target.py` has for them.
+    """
+
+    compiles: bool
+    fuses: bool
+
+
+@dataclass(frozen=True)
+class Failure:
+    """
+    Why a way does not work.
+
+    Args:
+        reason (`str`): For the log.
+        is_known (`bool`): Whether the target is one that asks for more than the attention to trees has.
+    """
+
+    reason: str
+    is_known: bool
+
+    @classmethod
+    def of(cls, error: Exception, target: PreTrainedModel) -> "Failure":
+        first_line = next(iter(str(error).strip().splitlines()), "")  # compilers write pages
+        is_known = type(error) is NotImplementedError or not target._supports_attention_backend
+        return cls(f"{type(error).__name__}: {first_line}".rstrip(": ."), is_known)
 
 
 class Shelf:
@@ -84,10 +122,11 @@ class Shelf:
         self.num_rows = [count + 1 for count in prefill.memory.num_rows]  # of the draft, after the coming round
         self.num_pads = [prefill.cache.get_seq_length() - count for count in self.num_rows]
         self.compile_config, self.stopwatch = compile_config(draft), stopwatch
-        self.kept = _kept.setdefault(draft, OrderedDict())
+        self.kept = _kept.setdefault(target.device, WeakKeyDictionary()).setdefault(draft, OrderedDict())
         self.current_key, self.current = None, None
         self.uncaptured: dict[TreePlan, FixedRounds] = {}
-        self.key = (
+        self.fingerprints = self._fingerprints()
+        self.call_key = (
             largest,
             len(self.num_rows),
             transcript.do_sample,
@@ -97,9 +136,12 @@ class Shelf:
             prefill.is_padded_left,
             repr(self.compile_config),
             torch.is_inference_mode_enabled(),  # elsewhere, its buffers could not be written
-            fingerprint(target),
-            fingerprint(draft),
         )
+
+    @property
+    def key(self) -> tuple:
+        """What two calls have in common that can share graphs, the length of their buffers aside."""
+        return *self.call_key, *self.fingerprints
 
     @property
     def buffers(self) -> TextBuffers:
@@ -128,24 +170,26 @@ class Shelf:
         self.current_key, self.current, self.uncaptured = key, known, {}
         return True
 
-    def grow(self, num_slots: int) -> None:
+    def grow(self, num_slots: int) -> bool:
         """
         Makes room in the middle of a text.
 
-        Raises:
-            torch.OutOfMemoryError: If the device has none.
+        Returns:
+            `bool`: Whether the device has the memory, for these buffers beside those in use. If not, these stay in
+            use, and the log says so.
         """
         before = self.buffers
         if not self.make_room(num_slots):
-            raise torch.OutOfMemoryError(f"There is no memory for the caches of {num_slots} tokens a sequence.")
+            return False
         self.buffers.take_over(before)
+        return True
 
     def rounds(self, size: TreePlan) -> FixedRounds | None:
         """Rounds of this size on the buffers; `None`, and a line in the log, if they cannot be captured."""
         if size in self.current.rounds:
             return self.current.rounds[size]
-        is_captured = self.target.device.type == "cuda"
-        rounds = self._captured(size) if is_captured else self._new_rounds(size)
+        is_captured = can_capture(self.target.device)
+        rounds = self._captured_as_it_is(size) if is_captured else self._new_rounds(size)
         if rounds is None:
             return None
         self.current.rounds[size] = rounds
@@ -166,48 +210,108 @@ class Shelf:
         """Makes the set in use the newest; the oldest go where there are too many, or too large ones."""
         self.kept[self.current_key] = self.current
         self.kept.move_to_end(self.current_key)
-        most_bytes = KEPT_SHARE * torch.cuda.get_device_properties(self.target.device).total_memory
+        most_bytes = KEPT_SHARE * memory_of(self.target.device)
         while len(self.kept) > 1 and (
             len(self.kept) > MOST_KEPT or sum(each.buffers.num_bytes for each in self.kept.values()) > most_bytes
         ):
             self.kept.popitem(last=False)
 
     def _new_within_memory(self, capacity: int) -> TextBuffers | None:
-        """New buffers; where the device has no room for them, nothing else is kept any more."""
+        """New buffers; where the device has no room for them, nothing else is kept on it any more."""
         for _ in range(2):
             try:
                 return self._new(capacity)
             except torch.OutOfMemoryError:
-                for kept in _kept.values():
+                for kept in _kept[self.target.device].values():
                     kept.clear()
-                torch.cuda.empty_cache()
+            with capturing:
+                torch.cuda.empty_cache()  # only now: the error held what had been made
         give_reason(self.target, f"the device has no memory for {capacity} slots a sequence")
         return None
 
-    def _captured(self, size: TreePlan) -> FixedRounds | None:
-        """The rounds as graphs; where the target takes no attention but its own, with that."""
+    def _captured_as_it_is(self, size: TreePlan) -> FixedRounds | None:
+        """
+        Rounds of models that compute as they did before these were captured.
+
+        What a model makes once, in its first forward over a tree, changes it once. One that goes on changing is left
+        to its own code: its graphs would hold what it was when they were recorded.
+        """
         failed = _failed.setdefault(self.draft, set())
-        if (self.key, size) in failed:
+        if weakref.ref(self.target) in failed:
             return None
-        rounds = self._new_rounds(size)
-        for fuses in [True, False] if self.prefill.is_padded_left and rounds.can_fuse() else [False]:
-            try:
-                with self.stopwatch, self.buffers.unmoved():
-                    rounds.capture(fuses, self.compile_config)
+        for _ in range(MOST_CHANGES + 1):
+            rounds = self._captured(size)
+            if rounds is None or (found := self._fingerprints()) == self.fingerprints:
                 return rounds
-            except Exception as error:  # whatever a model raises that asks something of the device
-                reason, is_final = f"{type(error).__name__}: {error}", not isinstance(error, torch.OutOfMemoryError)
-                rounds = self._new_rounds(size)
-        give_reason(self.target, reason)
-        if is_final:
-            failed.add((self.key, size))
+            self._change_to(found)
+        give_reason(self.target, "what its modules, or the draft's, hold in Python changes while it generates")
+        failed.add(weakref.ref(self.target))
         return None
+
+    def _fingerprints(self) -> tuple[Fingerprint, Fingerprint]:
+        return Fingerprint(self.target), Fingerprint(self.draft)
+
+    def _change_to(self, fingerprints: tuple[Fingerprint, Fingerprint]) -> None:
+        """Takes other models for those of the call; what was captured of them as they were is forgotten."""
+        self.kept.pop(self.current_key, None)
+        self.fingerprints, capacity = fingerprints, self.buffers.capacity
+        self.current_key = *self.key, capacity
+        self.current = KeptSet(self.buffers, weakref.ref(self.target))
+
+    def _captured(self, size: TreePlan) -> FixedRounds | None:
+        """
+        The rounds as graphs, in the best of the ways that work.
+
+        **Effects**: the log says once what is lost, and why.
+        """
+        failed, failures = _failed.setdefault(self.draft, set()), {}
+        for way in self._ways(size):
+            if (self.key, size, way) in failed:
+                continue
+            rounds = self._new_rounds(size)
+            try:
+                with capturing, self.stopwatch, self.buffers.unmoved():
+                    rounds.capture(way.fuses, self.compile_config if way.compiles else None)
+            except Exception as error:  # whatever a model or a compiler raises
+                failures[way] = Failure.of(error, self.target)
+                if not isinstance(error, torch.OutOfMemoryError):
+                    failed.add((self.key, size, way))
+            else:
+                self._tell_losses(way, failures)
+                return rounds
+        if failures:
+            give_reason(self.target, list(failures.values())[-1].reason)
+        return None
+
+    def _ways(self, size: TreePlan) -> list[Way]:
+        """The best first; a target that takes no attention but its own is captured with that."""
+        can_fuse = self.prefill.is_padded_left and self._new_rounds(size).can_fuse()
+        compiling = [False] if self.compile_config is None else [True, False]
+        return [Way(compiles, fuses) for compiles in compiling for fuses in ([True, False] if can_fuse else [False])]
+
+    def _tell_losses(self, way: Way, failures: dict[Way, Failure]) -> None:
+        compiling = [failure for other, failure in failures.items() if other.compiles > way.compiles]
+        fusing = [failures[other] for other in failures if other == Way(way.compiles, True)]
+        for failure in compiling[:1]:
+            give_loss(self.target, "`compile_config`", failure.reason)
+        for failure in fusing:
+            give_loss(self.target, "fused operations", failure.reason, failure.is_known)
 
     def _new(self, capacity: int) -> TextBuffers:
         return TextBuffers(self.draft, self.largest, self.prefill, capacity, self.draw)
 
     def _new_rounds(self, size: TreePlan) -> FixedRounds:
         return FixedRounds(self.buffers, self.target, self.draft, size, self.warpers, self.prefill.cache, self.ends)
+
+
+def can_capture(device: torch.device) -> bool:
+    """Whether rounds on a device become graphs."""
+    return device.type == "cuda"
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of a device."""
+    return torch.cuda.get_device_properties(device).total_memory
 
 
 def capacities() -> Iterator[int]:
@@ -223,20 +327,6 @@ def ends_of(transcript: Transcript) -> Ends:
     """How the sequences of a text end."""
     eos, pad = transcript.eos_token_ids, transcript.pad_token_id if transcript.freezes else None
     return Ends(None if eos is None else tuple(eos.tolist()), None if pad is None else int(pad))
-
-
-def fingerprint(model: PreTrainedModel) -> int:
-    """Differs if a model's weights have moved, or it computes in another way."""
-    tensors = [*model.parameters(), *model.buffers()]
-    kinds = {kind for kind in set(map(type, model.modules())) if set(dir(kind)) >= ADAPTER_FIELDS}
-    adapters = [
-        (module.disable_adapters, tuple(module.active_adapters), module.merged, repr(vars(module).get("scaling")))
-        for module in model.modules()
-        if type(module) in kinds
-    ]
-    code = tuple((type(module), id(vars(module).get("forward"))) for module in model.modules())
-    places = tuple(tensor.data_ptr() for tensor in tensors)
-    return hash((places, code, tuple(adapters), model.config._attn_implementation))
 
 
 def repr_of(processor) -> str:

@@ -2,9 +2,10 @@
 
 The first kernel: one program reads a share of one key head's text, tile by tile, for a block of (node, query head)
 rows. The text's length is read on the device and dealt out over a fixed number of splits, so that the grid is the same
-for every text and none of the buffer past it is touched. The second kernel weighs what the splits found by their
-log-sum-exp and adds the sinks. Softmax and sums are float32, exponentials and their logarithms of base 2; as in every
-flash attention, probabilities enter the product with the values in the values' type.
+for every text and none of the buffer past it is touched; nor is what lies before the windows of all rows. The second
+kernel weighs what the splits found by their log-sum-exp and adds the sinks. Softmax and sums are float32, exponentials
+and their logarithms of base 2; as in every flash attention, probabilities enter the product with the values in the
+values' type.
 
 Shapes: B batch, N tree nodes, H query heads, G key-value heads, K slots, d and dv widths of a head's keys and values,
 S splits.
@@ -63,8 +64,9 @@ def attend(
     tiling = choose_tiling(num_nodes * group_size, max(key_dim, value_dim), query.element_size())
     num_blocks = triton.cdiv(num_nodes * group_size, tiling.rows)
     if num_splits is None:
+        most_visible = capacity if window is None else min(capacity, window + num_nodes)
         num_splits = choose_num_splits(
-            batch_size * num_groups * num_blocks, triton.cdiv(capacity, tiling.keys), query.device
+            batch_size * num_groups * num_blocks, triton.cdiv(most_visible, tiling.keys), query.device
         )
     partial = query.new_empty(num_splits, batch_size, num_heads, num_nodes, value_dim, dtype=torch.float32)
     lse = query.new_empty(num_splits, batch_size, num_heads, num_nodes, dtype=torch.float32)
@@ -140,7 +142,7 @@ def choose_tiling(num_rows: int, width: int, bytes_per_element: int) -> Tiling:
 
 
 def choose_num_splits(num_programs: int, num_tiles: int, device: torch.device) -> int:
-    """So many that the device is busy with a text that fills its buffer, out of what the host knows."""
+    """So many that the device is busy with a text that fills its buffer or window, out of what the host knows."""
     if device.type == "cuda":
         num_processors = torch.cuda.get_device_properties(device).multi_processor_count
     else:

@@ -12,20 +12,23 @@ from transformers import (
     CohereForCausalLM,
     GemmaConfig,
     GemmaForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
     GraniteConfig,
     GraniteForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
 )
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from eagle3_mla.generation import fused_mlp, fused_residual, fused_rope, slot_writing
 from eagle3_mla.generation.fused_mlp import ACTIVATIONS, activation_of, fused_mlps, gate_by_definition
-from eagle3_mla.generation.fused_norm import fused_norms, normalise_by_definition, usual_norm
+from eagle3_mla.generation.fused_norm import FORMS, fused_norms, normalise_by_definition, usual_norm
 from eagle3_mla.generation.fused_residual import add_and_normalise_by_definition, fused_residuals
-from eagle3_mla.generation.fused_rope import fused_draft_rope, is_usual_rope, rotate_by_definition
+from eagle3_mla.generation.fused_rope import columns_per_angle, fused_draft_rope, rotate_by_definition
 from eagle3_mla.generation.fused_target import fused_operations
 from eagle3_mla.generation.slot_writing import write_by_definition
 
@@ -55,6 +58,9 @@ def compare_rotation(shape, dtype: torch.dtype, device: str) -> None:
 
     heads = random_heads(shape, dtype, device)
     for found, expected in zip(rotate(*heads), rotate_by_definition(*heads), strict=True):
+        assert torch.equal(found, expected)
+    halves = *heads[:2], *(angles[..., : angles.shape[-1] // 2] for angles in heads[2:])
+    for found, expected in zip(rotate(*halves), rotate_by_definition(*halves), strict=True):
         assert torch.equal(found, expected)
     alone = rotate(heads[0], heads[0][:, :0], *heads[2:])
     assert torch.equal(alone[0], rotate_by_definition(*heads)[0])
@@ -151,6 +157,7 @@ MORE_TARGETS = {
     "cohere": lambda: CohereForCausalLM(CohereConfig(**SHAPE)),
     "granite": lambda: GraniteForCausalLM(GraniteConfig(residual_multiplier=0.5, **SHAPE)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(partial_rotary_factor=0.5, **SHAPE)),
+    "gpt-oss": lambda: GptOssForCausalLM(GptOssConfig(num_local_experts=4, **SHAPE)),
 }
 
 
@@ -187,6 +194,7 @@ def calls(monkeypatch) -> list[str]:
         ("gemma3-window-8", 4, 4),
         ("cohere", 0, 4),  # neighbours are rotated against each other
         ("phi3", 0, 0),  # half of each head is rotated; gate and up are one projection
+        ("gpt-oss", 4, 0),  # with one angle for both halves of a head; experts are no gated MLP
         ("gpt2", 0, 0),
     ],
 )
@@ -283,12 +291,19 @@ def queries_alone(q, k, cos, sin):
 
 
 @pytest.mark.parametrize(
-    ("function", "is_usual"),
-    [(usual, True), (other_names, False), (needs_more, False), (other_way_round, False), (queries_alone, False)],
+    ("function", "num_columns"),
+    [
+        (usual, 1),
+        (modeling_gpt_oss.apply_rotary_pos_emb, 2),
+        (other_names, None),
+        (needs_more, None),
+        (other_way_round, None),
+        (queries_alone, None),
+    ],
 )
-def test_rotation_is_tried_before_it_is_replaced(function, is_usual):
-    assert is_usual_rope(function, torch.device("cpu"), torch.bfloat16) == is_usual
-    assert not is_usual_rope(function, torch.device("cpu"), torch.float32)
+def test_rotation_is_tried_before_it_is_replaced(function, num_columns):
+    assert columns_per_angle(function, torch.device("cpu"), torch.bfloat16) == num_columns
+    assert columns_per_angle(function, torch.device("cpu"), torch.float32) is None
 
 
 @pytest.mark.parametrize(
@@ -304,7 +319,7 @@ def test_rotation_is_tried_before_it_is_replaced(function, is_usual):
 )
 def test_calls_of_another_kind_get_the_original(changes):
     taken = []
-    apply = fused_rope.rope_of_this_thread(lambda *arguments, **settings: taken.append("original"))
+    apply = fused_rope.rope_of_this_thread(lambda *arguments, **settings: taken.append("original"), num_columns=1)
     heads = torch.zeros(1, 2, 3, 4, dtype=torch.bfloat16)
     inputs = {"q": heads, "k": heads, "cos": heads[:, 0], "sin": heads[:, 0]}
     apply(**inputs)
@@ -313,48 +328,46 @@ def test_calls_of_another_kind_get_the_original(changes):
     assert taken == ["original"]
 
 
-def compare_norms(shape, rounds_first: bool, dtype: torch.dtype, device: str) -> None:
+def compare_norms(shape, form: tuple[bool, bool], dtype: torch.dtype, device: str) -> None:
     """Sums bit for bit; norms but for the order of a sum, which seldom reaches a rounding."""
     from eagle3_mla.generation.fused_kernels_triton import add_and_normalise, normalise
 
     residual, states = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
     weight = torch.randn(shape[-1], device=device).to(dtype)
-    sums, normed = add_and_normalise(residual, states, weight, 1e-5, rounds_first)
+    sums, normed = add_and_normalise(residual, states, weight, 1e-5, *form)
     assert torch.equal(sums, residual + states)
-    alone = normalise(sums, weight, 1e-5, rounds_first)
+    alone = normalise(sums, weight, 1e-5, *form)
     assert torch.equal(alone, normed)
-    expected = normalise_by_definition(sums, weight, 1e-5, rounds_first)
+    expected = normalise_by_definition(sums, weight, 1e-5, *form)
     torch.testing.assert_close(normed.float(), expected.float(), rtol=2 * torch.finfo(dtype).eps, atol=0)
     assert (normed != expected).float().mean() <= 2e-3
 
 
 @in_interpreter
-@pytest.mark.parametrize("rounds_first", [True, False])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("shape", [(2, 3, 64), (1, 1, 100), (1, 5, 2300), (3, 7, 16)], ids=str)
-def test_sums_and_norms_equal_their_definition_in_the_interpreter(shape, rounds_first):
+def test_sums_and_norms_equal_their_definition_in_the_interpreter(shape, form):
     pytest.importorskip("triton")
-    compare_norms(shape, rounds_first, torch.float16, "cpu")
+    compare_norms(shape, form, torch.float16, "cpu")
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("rounds_first", [True, False])
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("shape", [(1, 61, 4096), (4, 61, 2048), (2, 7, 2880), (1, 61, 32, 128)], ids=str)
-def test_sums_and_norms_equal_their_definition_on_a_gpu(shape, rounds_first, dtype):
-    compare_norms(shape, rounds_first, dtype, "cuda")
+def test_sums_and_norms_equal_their_definition_on_a_gpu(shape, form, dtype):
+    compare_norms(shape, form, dtype, "cuda")
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("rounds_first", [True, False])
-def test_form_of_a_norm_is_found_out(rounds_first):
-    kind = LlamaRMSNorm if rounds_first else nn.RMSNorm
+@pytest.mark.parametrize(("kind", "form"), list(zip([LlamaRMSNorm, nn.RMSNorm, GemmaRMSNorm], FORMS, strict=True)))
+def test_form_of_a_norm_is_found_out(kind, form):
     norm = kind(64, eps=1e-5).bfloat16()
     norm.weight.copy_(torch.rand(64) + 0.5)
-    assert usual_norm(norm).rounds_first == rounds_first
+    assert (usual_norm(norm).rounds_first, usual_norm(norm).adds_one) == form
     states = torch.randn(3, 5, 64).bfloat16()
     assert (usual_norm(norm)(states) != norm(states)).float().mean() <= 2e-3
     assert usual_norm(norm.float()) is None
-    assert usual_norm(GemmaRMSNorm(64).bfloat16()) is None
 
 
 def compare_angles(device: str, dtype: torch.dtype) -> None:
@@ -387,8 +400,8 @@ def test_angles_equal_those_of_the_draft_on_a_gpu(dtype):
         ("qwen3", 7),
         ("mistral-window-8", 7),
         ("granite", 0),  # what is added is scaled
-        ("gemma", 0),
-        ("gemma3-window-8", 0),
+        ("gemma", 7),
+        ("gemma3-window-8", 0),  # what is added has been normalised
         ("cohere", 0),  # attention and MLP read the same states
         ("phi3", 0),
         ("gpt2", 0),

@@ -17,6 +17,8 @@ from reference_generation import (
 from transformers import (
     BertConfig,
     BertLMHeadModel,
+    DogeConfig,
+    DogeForCausalLM,
     DynamicCache,
     GitConfig,
     GitForCausalLM,
@@ -85,6 +87,10 @@ def gemma4():
         hidden_size_per_layer_input=8,
     )
     return transformers.Gemma4ForCausalLM(config)
+
+
+def doge():
+    return DogeForCausalLM(DogeConfig(keep_window_size=LIMIT, **SHAPE))
 
 
 def gemma4_with_shared_keys():
@@ -182,7 +188,7 @@ def test_window_of_one_token_is_refused_by_name():
 @pytest.mark.parametrize("do_sample", [False, True], ids=["greedy", "sample"])
 @pytest.mark.parametrize("top_k", [1, 3])
 @pytest.mark.parametrize("lengths", [[5], [6, 3]], ids=["one", "batch"])
-@pytest.mark.parametrize("make_target", [deepseek_v32, moshi])
+@pytest.mark.parametrize("make_target", [deepseek_v32, doge, moshi])
 def test_nothing_is_drafted_beyond_the_length_of_equal_chunks(make_target, lengths, top_k, do_sample):
     torch.manual_seed(0)
     target = ready(make_target)

@@ -219,6 +219,47 @@ def test_deep_nodes_whose_window_begins_among_the_nodes_equal_the_definition_in_
     assert relative_error(attend(**arguments, window=3, num_splits=2), expected) <= 2e-5
 
 
+def compare_random_texts(seed: int, dtype: torch.dtype, device: str, max_length: int, **sizes: int) -> None:
+    """Padded texts that are longer than their window, as long, or shorter."""
+    torch.manual_seed(seed)
+    lengths = torch.randint(1, max_length, (2,)).tolist()
+    shape = Shape(tuple(lengths), tuple(int(torch.randint(length, ())) for length in lengths), **sizes)
+    options = [{}, {"softcap": 2.0}, {"softcap": 3.0, "sinks": torch.randn(shape.num_heads, device=device)}][seed % 3]
+    for window in (max(lengths) // 3 + 1, lengths[0] - shape.first[0], max_length + shape.num_nodes):
+        compare_with_definition(shape, dtype, device, window=window, num_splits=seed + 1, **options)
+
+
+@in_interpreter
+@pytest.mark.parametrize("seed", range(3))
+def test_windows_of_every_size_equal_the_definition_in_the_interpreter(seed):
+    pytest.importorskip("triton")
+    num_nodes = [1, 9, 20][seed]
+    compare_random_texts(seed, torch.float32, "cpu", 70, num_heads=2, num_groups=1, num_nodes=num_nodes, value_dim=8)
+
+
+def compare_beyond_a_window(window: int, lengths: tuple[int, ...], tile: int, device: str) -> None:
+    """What no node sees is NaN, but for the tile that also holds something seen."""
+    from eagle3_mla.generation.tree_attention_triton import attend
+
+    arguments, _ = random_case(Shape(lengths, (0,) * len(lengths)), torch.float32)
+    for row, length in enumerate(lengths):
+        first_read = (length - window + 1) // tile * tile
+        assert first_read > 0
+        for name in ("keys", "values"):
+            arguments[name][row, :, :first_read] = torch.nan
+    arguments = on_device(arguments, device)
+    clean = arguments | {name: arguments[name].nan_to_num() for name in ("keys", "values")}
+    expected = attend_tree_by_definition(**clean, window=window).double()
+    assert relative_error(attend(**arguments, window=window), expected) <= 2e-5
+
+
+@in_interpreter
+def test_text_before_all_windows_is_not_read_in_the_interpreter():
+    """Otherwise a window would cost as much as the whole text."""
+    pytest.importorskip("triton")
+    compare_beyond_a_window(20, (200, 77, 48), 16, "cpu")
+
+
 @in_interpreter
 def test_half_precision_equals_the_definition_in_the_interpreter():
     pytest.importorskip("triton")
@@ -280,12 +321,27 @@ def test_windows_softcaps_and_sinks_equal_the_definition_on_a_gpu(option, dtype)
 
 
 @pytest.mark.gpu
-def test_a_captured_graph_serves_every_length_and_nothing_waits_for_the_device():
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("seed", range(12))
+def test_windows_of_every_size_equal_the_definition_on_a_gpu(seed, dtype):
+    width, num_nodes = [64, 128, 256][seed // 4], [1, 17, 61, 128][seed % 4]
+    sizes = {"num_heads": 16, "num_groups": 4, "num_nodes": num_nodes, "key_dim": width, "value_dim": width}
+    compare_random_texts(seed, dtype, "cuda", 3000, **sizes)
+
+
+@pytest.mark.gpu
+def test_text_before_all_windows_is_not_read_on_a_gpu():
+    compare_beyond_a_window(1024, (33000, 3000), 16, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 100], ids=str)
+def test_a_captured_graph_serves_every_length_and_nothing_waits_for_the_device(window):
     shape = large(2500, 2500)
     arguments, _ = random_case(shape, torch.float32)
     for name in ("keys", "values"):
         arguments[name] = torch.randn_like(arguments[name])
-    arguments = on_device(arguments, "cuda")
+    arguments = on_device(arguments, "cuda") | {"window": window}
     attend_tree(**arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

@@ -1,0 +1,162 @@
+"""What a model computes by, besides the contents of its tensors: a graph has recorded it, and does not look again.
+
+That is where the weights lie, the code of every module, and whatever Python attributes a forward may read: numbers,
+settings, the strength of an adapter or of a control vector. Values are compared by what they are, tensors by where
+they are, other objects by identity and by the plain values in them. Global variables are not seen.
+"""
+
+import dataclasses
+import weakref
+from collections.abc import Iterable, Mapping
+from functools import lru_cache, partial
+from types import FunctionType, MethodType, SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
+TENSORS = {Tensor, nn.Parameter}
+CONTAINERS = (tuple, list, set, frozenset, dict)
+# Objects that are nothing but their fields.
+RECORDS = (PreTrainedConfig, SimpleNamespace)
+# What PyTorch keeps in every module: tensors and submodules are looked at by themselves, hooks in `obstacles.py`.
+FIELDS_OF_TORCH = vars(nn.Module()).keys() - {"training"}
+# What no forward reads.
+UNREAD = {"generation_config", "speculation_stats", "warnings_issued"}
+
+
+class Fingerprint:
+    """
+    Equal to another one if, and only if, the models are the same and compute alike, as far as can be seen.
+
+    What can be referred to weakly is not kept alive; the reference stays, so that nothing new, which may lie at the
+    same address, is taken for what is gone.
+
+    Args:
+        model (`nn.Module`): The model, as it is now.
+    """
+
+    def __init__(self, model: nn.Module):
+        self._references, self._parts, self._seen = [], [], set()
+        self._tensors: list[Tensor] = []
+        self._add_all([model])
+        references = list(map(weakref.ref, self._tensors))
+        self._references += references
+        self._parts += [*map(id, references), *places_of(self._tensors)]
+        self._parts = tuple(self._parts)
+        self._hash = hash(self._parts)
+        del self._seen, self._tensors
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Fingerprint) and self._parts == other._parts
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def _add(self, value, kind: type) -> None:
+        if kind in TENSORS:
+            self._tensors.append(value)
+        elif issubclass(kind, CONTAINERS):
+            if id(value) not in self._seen:  # nor within itself
+                self._seen.add(id(value))
+                self._add_fields(value) if issubclass(kind, dict) else self._add_all(value)
+        elif self._is_new(value):
+            self._add_object(value, kind)
+
+    def _add_all(self, values: Iterable) -> None:
+        values = tuple(values)
+        kinds = tuple(map(type, values))
+        self._parts.append(kinds)  # 1 and 1.0 are equal
+        if PLAIN.issuperset(kinds):
+            self._parts.append(values)
+            return
+        for value, kind in zip(values, kinds, strict=True):
+            if kind in PLAIN:
+                self._parts.append(value)
+            else:
+                self._add(value, kind)
+
+    def _add_fields(self, fields: Mapping) -> None:
+        self._add_all(fields.keys())
+        self._add_all(fields.values())
+
+    def _is_new(self, value) -> bool:
+        """Notes which object this is; whether its contents have not been noted yet."""
+        try:
+            reference = weakref.ref(value)  # one and the same as long as there is one to the object
+        except TypeError:
+            reference = value
+        self._references.append(reference)
+        self._parts.append(id(reference))
+        is_new = id(value) not in self._seen
+        self._seen.add(id(value))
+        return is_new
+
+    def _add_object(self, value, kind: type) -> None:
+        if issubclass(kind, nn.Module):
+            self._add_module(value, kind)
+        elif issubclass(kind, Tensor):
+            self._add_tensor(value)
+        elif kind is FunctionType:
+            self._add_all([value.__defaults__, *contents_of(value)])
+        elif kind is MethodType:
+            self._add_all([value.__func__, value.__self__])
+        elif kind is partial:
+            self._add_all([value.func, value.args, value.keywords])
+        elif issubclass(kind, RECORDS) or dataclasses.is_dataclass(kind):
+            self._add_fields(vars(value))
+        elif not issubclass(kind, type):
+            self._add_fields(simple_fields(value))
+
+    def _add_module(self, module: nn.Module, kind: type) -> None:
+        fields = vars(module)
+        names = names_read(tuple(fields))
+        self._references.append(kind.forward)
+        self._parts += id(kind.forward), names
+        self._add_all([fields[name] for name in names])
+        for tensors in module._parameters, module._buffers:
+            if tensors:
+                self._add_fields(tensors)
+        if children := module._modules:
+            self._parts.append(tuple(children.keys()))
+            for child in children.values():
+                if self._is_new(child):
+                    self._add_object(child, type(child))
+
+    def _add_tensor(self, tensor: Tensor) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):  # one that is made of others has no place of its own
+            self._add_all([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])
+        else:
+            self._tensors.append(tensor)
+
+
+@lru_cache(maxsize=1024)
+def names_read(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the names of a module's fields those that its forward may read."""
+    return tuple(name for name in names if name not in FIELDS_OF_TORCH and name not in UNREAD)
+
+
+def contents_of(function: FunctionType) -> list:
+    """What a function has taken from where it was defined."""
+    contents = []
+    for cell in function.__closure__ or ():
+        try:
+            contents.append(cell.cell_contents)
+        except ValueError:  # nothing yet
+            contents.append(None)
+    return contents
+
+
+def simple_fields(value) -> dict:
+    """The fields of any object that are plain values or tensors; what else it refers to is not followed."""
+    fields = getattr(value, "__dict__", {})
+    return {name: each for name, each in fields.items() if type(each) in PLAIN or isinstance(each, Tensor)}
+
+
+def places_of(tensors: list[Tensor]) -> list[int]:
+    """Where tensors lie; 0 for those of a kind that lies in no one place."""
+    try:
+        return list(map(Tensor.data_ptr, tensors))
+    except RuntimeError:
+        return [0 if tensor.layout is not torch.strided else tensor.data_ptr() for tensor in tensors]
