@@ -4,7 +4,8 @@ A stage is a function without arguments whose tensors stay where they are. Recor
 so stages run twice before, which also lets libraries allocate what they need.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -51,11 +52,19 @@ def capture(stages: Sequence[Stage], device: torch.device) -> list[Stage]:
                 stage()
     torch.cuda.current_stream(device).wait_stream(stream)
     pool = torch.cuda.graph_pool_handle()
-    try:
-        return [CapturedStage(stage, pool, stream) for stage in stages]
-    except BaseException:
-        free_random_numbers(device)
-        raise
+    with current_stays(device):
+        try:
+            return [CapturedStage(stage, pool, stream) for stage in stages]
+        except BaseException:
+            free_random_numbers(device)
+            raise
+
+
+@contextmanager
+def current_stays(device: torch.device) -> Iterator[None]:
+    """After it, stream and device are those of before: a recording that breaks off leaves its own behind."""
+    with torch.cuda.device(torch.cuda.current_device()), torch.cuda.stream(torch.cuda.current_stream(device)):
+        yield
 
 
 def free_random_numbers(device: torch.device) -> None:

@@ -2,7 +2,8 @@
 
 That is where the weights lie, the code of every module, and whatever Python attributes a forward may read: numbers,
 settings, the strength of an adapter or of a control vector. Values are compared by what they are, tensors by where
-they are, other objects by identity and by the plain values in them. Global variables are not seen.
+they are, other objects by identity and by the plain values in them, classes by their functions and plain values. Not
+seen are global variables, and what lies deeper in objects of other kinds.
 """
 
 import dataclasses
@@ -99,22 +100,26 @@ class Fingerprint:
         elif issubclass(kind, Tensor):
             self._add_tensor(value)
         elif kind is FunctionType:
-            self._add_all([value.__defaults__, *contents_of(value)])
+            self._add_all([value.__defaults__, value.__kwdefaults__, *contents_of(value)])
         elif kind is MethodType:
             self._add_all([value.__func__, value.__self__])
         elif kind is partial:
             self._add_all([value.func, value.args, value.keywords])
-        elif issubclass(kind, RECORDS) or dataclasses.is_dataclass(kind):
+        elif issubclass(kind, RECORDS):
             self._add_fields(vars(value))
+        elif dataclasses.is_dataclass(kind):
+            names = [each.name for each in dataclasses.fields(value)]
+            self._add_fields(getattr(value, "__dict__", {}) | {name: getattr(value, name, None) for name in names})
         elif not issubclass(kind, type):
             self._add_fields(simple_fields(value))
 
     def _add_module(self, module: nn.Module, kind: type) -> None:
         fields = vars(module)
         names = names_read(tuple(fields))
-        self._references.append(kind.forward)
-        self._parts += id(kind.forward), names
+        self._parts.append(names)
         self._add_all([fields[name] for name in names])
+        for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+            self._add_class(base)
         for tensors in module._parameters, module._buffers:
             if tensors:
                 self._add_fields(tensors)
@@ -123,6 +128,17 @@ class Fingerprint:
             for child in children.values():
                 if self._is_new(child):
                     self._add_object(child, type(child))
+
+    def _add_class(self, kind: type) -> None:
+        """The functions of a class and its plain values."""
+        if id(kind) in self._seen:
+            return
+        self._seen.add(id(kind))
+        fields = {name: value for name, value in vars(kind).items() if type(value) in PLAIN and name not in UNREAD}
+        self._add_fields(fields)
+        functions = [value for value in vars(kind).values() if type(value) is FunctionType]
+        self._references += functions
+        self._parts += map(id, functions)
 
     def _add_tensor(self, tensor: Tensor) -> None:
         if hasattr(tensor, "__tensor_flatten__"):  # one that is made of others has no place of its own
@@ -149,14 +165,29 @@ def contents_of(function: FunctionType) -> list:
 
 
 def simple_fields(value) -> dict:
-    """The fields of any object that are plain values or tensors; what else it refers to is not followed."""
-    fields = getattr(value, "__dict__", {})
-    return {name: each for name, each in fields.items() if type(each) in PLAIN or isinstance(each, Tensor)}
+    """The fields of any object that are plain values, a container's of them, or tensors; no other one is followed."""
+    names = [*getattr(value, "__dict__", ()), *(name for kind in type(value).__mro__ for name in slots_of(kind))]
+    fields = {name: getattr(value, name, None) for name in names}
+    return {name: each for name, each in fields.items() if isinstance(each, Tensor) or is_simple(each)}
 
 
-def places_of(tensors: list[Tensor]) -> list[int]:
-    """Where tensors lie; 0 for those of a kind that lies in no one place."""
+def slots_of(kind: type) -> tuple[str, ...]:
+    """Names of the fields that a class keeps outside of a dictionary."""
+    slots = vars(kind).get("__slots__", ())
+    return (slots,) if isinstance(slots, str) else tuple(slots)
+
+
+def is_simple(value) -> bool:
+    """Whether it is a plain value, or a container of such."""
+    if isinstance(value, dict):
+        return PLAIN.issuperset(map(type, value.values()))
+    return type(value) in PLAIN or (isinstance(value, CONTAINERS) and PLAIN.issuperset(map(type, value)))
+
+
+def places_of(tensors: list[Tensor]) -> list:
+    """Where tensors lie, and how; 0 for those of a kind that lies in no one place."""
     try:
-        return list(map(Tensor.data_ptr, tensors))
+        return [*map(Tensor.data_ptr, tensors), *map(Tensor.stride, tensors)]
     except RuntimeError:
-        return [0 if tensor.layout is not torch.strided else tensor.data_ptr() for tensor in tensors]
+        strided = [tensor for tensor in tensors if tensor.layout is torch.strided]
+        return [(tensor.data_ptr(), tensor.stride()) for tensor in strided] + [tensor.layout for tensor in tensors]

@@ -8,6 +8,7 @@ same bits.
 Shapes: D hidden.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -77,10 +78,15 @@ def usual_norm(module: nn.Module) -> UsualNorm | None:
     weight = module.weight
     generator = torch.Generator(weight.device).manual_seed(0)  # nobody's random numbers are used up
     states = torch.randn(TRIED_ROWS, len(weight), generator=generator, device=weight.device, dtype=weight.dtype)
-    expected, tolerance = module(states), 4 * torch.finfo(weight.dtype).eps
-    norms = [UsualNorm(weight, eps, *form) for form in FORMS]
-    norm = min(norms, key=lambda norm: (norm(states) != expected).sum().item())
-    return norm if torch.allclose(norm(states), expected, rtol=tolerance, atol=tolerance) else None
+    tried = copy.copy(module)  # the module itself may be in use by another thread
+    # Weights that are all alike would not tell the forms apart.
+    tried_weight = torch.rand(len(weight), generator=generator, device=weight.device, dtype=weight.dtype)
+    tried._parameters = {"weight": nn.Parameter(tried_weight, requires_grad=False)}
+    expected, tolerance = tried(states), 4 * torch.finfo(weight.dtype).eps
+    norms = {form: UsualNorm(tried_weight, eps, *form)(states) for form in FORMS}
+    form = min(FORMS, key=lambda form: (norms[form] != expected).sum().item())
+    is_usual = torch.allclose(norms[form], expected, rtol=tolerance, atol=tolerance)
+    return UsualNorm(weight, eps, *form) if is_usual else None
 
 
 def normalise_by_definition(states: Tensor, weight: Tensor, eps: float, rounds_first: bool, adds_one: bool) -> Tensor:

@@ -52,7 +52,7 @@ def decode_at_fixed_shapes(
     """
     with turn_on(target.device) as is_free:
         if not is_free:
-            give_reason(target, f"another thread generates on {target.device} at this time")
+            give_reason(target, f"another call generates on {target.device} at this time")
             return False
         with stats.times.draft:
             memory.read_prompt(draft, target)

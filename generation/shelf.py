@@ -6,7 +6,7 @@ the latest calls are kept, as many as a part of the device's memory holds.
 """
 
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -33,13 +33,18 @@ LEAST_CAPACITY = 256
 MOST_KEPT = 4
 # Share of the device's memory that their caches may take.
 KEPT_SHARE = 0.25
-# How often the forwards of one capture may change what a model holds in Python.
-MOST_CHANGES = 1
+# How often the forwards of one capture may change what a model holds in Python, and calls after one another in which
+# they did so more often.
+MOST_CHANGES, MOST_RESTLESS_CALLS = 1, 3
+# Of a pair, ways to capture a size that are remembered as failed.
+MOST_FAILED = 256
 
 # Of each device, which threads use by turns.
 _kept: dict[torch.device, WeakKeyDictionary[nn.Module, OrderedDict]] = {}
-# What could not be captured, and would not be another time: sizes of a call, or a target altogether.
+# What could not be captured, and would not be another time.
 _failed: WeakKeyDictionary[nn.Module, set] = WeakKeyDictionary()
+# Of each draft, in how many calls after one another the models went on changing while they were captured, by target.
+_restless_calls: WeakKeyDictionary[nn.Module, Counter] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -234,18 +239,22 @@ class Shelf:
         Rounds of models that compute as they did before these were captured.
 
         What a model makes once, in its first forward over a tree, changes it once. One that goes on changing is left
-        to its own code: its graphs would hold what it was when they were recorded.
+        to its own code: its graphs would hold what it was when they were recorded. That may be another thread's doing;
+        after a few such calls it is taken for the model's.
         """
-        failed = _failed.setdefault(self.draft, set())
-        if weakref.ref(self.target) in failed:
+        restless, target_ref = _restless_calls.setdefault(self.draft, Counter()), weakref.ref(self.target)
+        if restless[target_ref] >= MOST_RESTLESS_CALLS:
             return None
         for _ in range(MOST_CHANGES + 1):
             rounds = self._captured(size)
-            if rounds is None or (found := self._fingerprints()) == self.fingerprints:
+            if rounds is None:
+                return None
+            if (found := self._fingerprints()) == self.fingerprints:
+                del restless[target_ref]
                 return rounds
             self._change_to(found)
         give_reason(self.target, "what its modules, or the draft's, hold in Python changes while it generates")
-        failed.add(weakref.ref(self.target))
+        restless[target_ref] += 1
         return None
 
     def _fingerprints(self) -> tuple[Fingerprint, Fingerprint]:
@@ -274,6 +283,8 @@ class Shelf:
                     rounds.capture(way.fuses, self.compile_config if way.compiles else None)
             except Exception as error:  # whatever a model or a compiler raises
                 failures[way] = Failure.of(error, self.target)
+                if len(failed) >= MOST_FAILED:
+                    failed.clear()
                 if not isinstance(error, torch.OutOfMemoryError):
                     failed.add((self.key, size, way))
             else:

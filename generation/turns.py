@@ -34,6 +34,8 @@ def turn_on(device: torch.device) -> Iterator[bool]:
             torch.cuda.current_stream(device).wait_event(event)
         yield True
     finally:
-        if device.type == "cuda":
-            _last_uses[device] = torch.cuda.current_stream(device).record_event()
-        lock.release()
+        try:
+            if device.type == "cuda":
+                _last_uses[device] = torch.cuda.current_stream(device).record_event()
+        finally:
+            lock.release()

@@ -370,6 +370,16 @@ def test_form_of_a_norm_is_found_out(kind, form):
     assert usual_norm(norm.float()) is None
 
 
+def test_form_of_a_norm_is_found_out_while_its_weights_are_all_alike():
+    """They may change later, under a graph that has recorded the form."""
+    torch.manual_seed(0)
+    norm, states = nn.RMSNorm(512, eps=1e-6).bfloat16(), torch.randn(16, 512).bfloat16()
+    usual = usual_norm(norm)
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(512) + 0.5)
+        assert (usual(states) != norm(states)).float().mean() <= 2e-3
+
+
 def compare_angles(device: str, dtype: torch.dtype) -> None:
     from eagle3_mla.generation.fused_kernels_triton import cos_sin
 

@@ -342,7 +342,7 @@ def test_call_by_another_thread_meanwhile_takes_the_other_loop(llama, ways, capl
         assert [texts[0], texts[1]] == expected
         assert ways == ["device"] * num_calls
     assert [message for message in caplog.messages if "not captured" in message] == [
-        "Rounds of LlamaForCausalLM are not captured as CUDA graphs: another thread generates on cpu at this time."
+        "Rounds of LlamaForCausalLM are not captured as CUDA graphs: another call generates on cpu at this time."
     ]
 
 
@@ -823,7 +823,9 @@ def test_model_that_asks_the_device_takes_the_other_loop(do_sample, caplog, monk
     forward = mlp.forward
     mlp.forward = lambda states: forward(states) * (1.0 if states.sum().item() < float("inf") else 0.0)
     draft, prompt = set_tree(make_draft(target), *SHAPES["tree"]).cuda(), on_cuda(make_prompt(9))
+    stream = torch.cuda.current_stream()
     for _ in range(2):
         assert_same_call(target, draft, prompt, do_sample=do_sample)
+        assert torch.cuda.current_stream() == stream
     assert sum("not captured" in message for message in caplog.messages) == 1
     assert draft.speculation_stats.rounds > 0
