@@ -166,12 +166,12 @@ def contents_of(function: FunctionType) -> list:
 
 def simple_fields(value) -> dict:
     """The fields of any object that are plain values, a container's of them, or tensors; no other one is followed."""
-    names = [*getattr(value, "__dict__", ()), *(name for kind in type(value).__mro__ for name in slots_of(kind))]
+    names = [*getattr(value, "__dict__", ()), *(name for kind in type(value).__mro__ for name in slot_names(kind))]
     fields = {name: getattr(value, name, None) for name in names}
     return {name: each for name, each in fields.items() if isinstance(each, Tensor) or is_simple(each)}
 
 
-def slots_of(kind: type) -> tuple[str, ...]:
+def slot_names(kind: type) -> tuple[str, ...]:
     """Names of the fields that a class keeps outside of a dictionary."""
     slots = vars(kind).get("__slots__", ())
     return (slots,) if isinstance(slots, str) else tuple(slots)

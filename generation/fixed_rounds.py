@@ -27,7 +27,6 @@ from .compilation import compiled
 from .drafting import draft_tree
 from .fixed_buffers import TextBuffers
 from .fused_target import TreeInSlots, fused_operations, tree_attention
-from .kernels import HALF_PRECISION, can_run_kernels
 from .memory import additive_mask
 from .ragged import MAX_LEAD
 from .support import TreePlan
@@ -111,12 +110,6 @@ class FixedRounds:
             stages = capture(self._stages(), self.path.device)
         self.draft_trees, self.verify, self.choose, self.keep = stages
         self.listener = None  # it knows the target's layers
-
-    def can_fuse(self) -> bool:
-        """Whether the target computes in half precision."""
-        # Where a GPU has no kernels, their definitions are slower than the target's own code.
-        has_kernels = self.target.device.type == "cpu" or can_run_kernels(self.target.device)
-        return self.target.dtype in HALF_PRECISION and has_kernels
 
     def _stages(self) -> tuple[Stage, Stage, Stage, Stage]:
         return self.draft_trees, self.verify, self.choose, self.keep

@@ -26,6 +26,7 @@ from .fused_mlp import fused_mlps
 from .fused_norm import fused_norms
 from .fused_residual import fused_residuals
 from .fused_rope import fused_draft_rope, fused_rope
+from .kernels import HALF_PRECISION, can_run_kernels
 from .opaque_ops import tree_attention_op
 
 # Names are global, and two versions of this package may be loaded.
@@ -160,6 +161,13 @@ def of_one_thread(kind: type) -> type:
 
     setter = kind._attn_implementation.fset
     return type(kind.__name__, (kind,), {"_attn_implementation": property(implementation, setter)})
+
+
+def can_fuse(target: PreTrainedModel) -> bool:
+    """Whether a target may run all this: it computes in half precision, and a GPU has the kernels."""
+    # Where it has none, their definitions are slower than the target's own code.
+    has_kernels = target.device.type == "cpu" or can_run_kernels(target.device)
+    return target.dtype in HALF_PRECISION and has_kernels
 
 
 @contextmanager

@@ -102,14 +102,18 @@ def has_hooks(model: nn.Module) -> bool:
 
 def give_reason(target: PreTrainedModel, reason: str) -> None:
     """Says once in the log why a target's rounds have no fixed shapes."""
-    if reason not in _reasons_given:
-        _reasons_given.add(reason)
-        logger.warning("Rounds of %s are not captured as CUDA graphs: %s.", type(target).__name__, reason)
+    message = f"Rounds of {type(target).__name__} are not captured as CUDA graphs: {reason}."
+    _say_once(reason, logging.WARNING, message)
 
 
 def give_loss(target: PreTrainedModel, lost: str, reason: str, is_known: bool = False) -> None:
     """Says once in the log why a target's graphs are slower than they could be; as information if it `is_known`."""
-    if (lost, reason) not in _reasons_given:
-        _reasons_given.add((lost, reason))
-        level = logging.INFO if is_known else logging.WARNING
-        logger.log(level, "Rounds of %s are captured without %s: %s.", type(target).__name__, lost, reason)
+    message = f"Rounds of {type(target).__name__} are captured without {lost}: {reason}."
+    _say_once((lost, reason), logging.INFO if is_known else logging.WARNING, message)
+
+
+def _say_once(reason: str | tuple[str, str], level: int, message: str) -> None:
+    """Logs the first message of each reason, whatever target it is of."""
+    if reason not in _reasons_given:
+        _reasons_given.add(reason)
+        logger.log(level, message)

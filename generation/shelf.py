@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from .fingerprint import Fingerprint
 from .fixed_buffers import TextBuffers
 from .fixed_rounds import Ends, FixedRounds
+from .fused_target import can_fuse
 from .obstacles import give_loss, give_reason
 from .prefill import Prefill
 from .sampling import stateless_warpers
@@ -274,7 +275,7 @@ class Shelf:
         **Effects**: the log says once what is lost, and why.
         """
         failed, failures = _failed.setdefault(self.draft, set()), {}
-        for way in self._ways(size):
+        for way in self._ways():
             if (self.key, size, way) in failed:
                 continue
             rounds = self._new_rounds(size)
@@ -294,11 +295,11 @@ class Shelf:
             give_reason(self.target, list(failures.values())[-1].reason)
         return None
 
-    def _ways(self, size: TreePlan) -> list[Way]:
+    def _ways(self) -> list[Way]:
         """The best first; a target that takes no attention but its own is captured with that."""
-        can_fuse = self.prefill.is_padded_left and self._new_rounds(size).can_fuse()
+        fusing = [True, False] if self.prefill.is_padded_left and can_fuse(self.target) else [False]
         compiling = [False] if self.compile_config is None else [True, False]
-        return [Way(compiles, fuses) for compiles in compiling for fuses in ([True, False] if can_fuse else [False])]
+        return [Way(compiles, fuses) for compiles in compiling for fuses in fusing]
 
     def _tell_losses(self, way: Way, failures: dict[Way, Failure]) -> None:
         compiling = [failure for other, failure in failures.items() if other.compiles > way.compiles]

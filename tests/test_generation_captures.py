@@ -78,7 +78,7 @@ def test_best_way_that_works_is_taken_and_losses_are_said_once(
     monkeypatch.setattr(shelf, "can_capture", lambda device: True)
     monkeypatch.setattr(shelf, "memory_of", lambda device: 2**40)
     monkeypatch.setattr(fixed_rounds.FixedRounds, "capture", capture)
-    monkeypatch.setattr(fixed_rounds.FixedRounds, "can_fuse", lambda rounds: True)
+    monkeypatch.setattr(shelf, "can_fuse", lambda target: True)
     caplog.set_level(logging.INFO, obstacles.__name__)
     target = TARGETS["llama"]().eval()
     draft, prompt = set_tree(make_draft(target), 12, 3, 4), make_prompt(6)

@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.fx_passes.reinplace import reinplace_inplaceable_ops_core
 from transformers import CompileConfig, DynamicCache
 
-from eagle3_mla.generation import fixed_rounds, notices, shelf
+from eagle3_mla.generation import notices, shelf
 from eagle3_mla.generation.compilation import compiled
 from eagle3_mla.generation.fixed_cache import FixedCache
 
@@ -125,6 +125,6 @@ def test_compiled_and_captured_rounds_give_the_plain_text(fuses, monkeypatch):
     draft = set_tree(make_draft(target), 12, 3, 4).cuda()
     draft.generation_config.compile_config = CompileConfig(dynamic=False, mode="default")
     monkeypatch.setattr(shelf, "LEAST_CAPACITY", 48)
-    monkeypatch.setattr(fixed_rounds.FixedRounds, "can_fuse", lambda rounds: fuses)
+    monkeypatch.setattr(shelf, "can_fuse", lambda target: fuses)
     prompts = [make_prompts([9], num_padding=2), make_prompts([12, 5, 9])]
     assert_plain_text(target, draft, [{name: each.cuda() for name, each in prompt.items()} for prompt in prompts])

@@ -41,7 +41,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from eagle3_mla.generation import fixed_rounds, fused_target
+from eagle3_mla.generation import fixed_rounds, fused_target, shelf
 from eagle3_mla.generation.fused_target import TreeInSlots, tree_attention
 
 VOCAB_SIZE = SHAPE["vocab_size"]
@@ -109,7 +109,7 @@ def test_target_whose_attention_cannot_be_replaced_is_not_captured_with_that_to_
     verify = fixed_rounds.FixedRounds.verify
 
     def fused(rounds):
-        assert rounds.can_fuse()
+        assert fused_target.can_fuse(target)
         rounds.fuses = True
         return verify(rounds)
 
@@ -193,7 +193,7 @@ NOT_CAPTURED_IN_FULL_PRECISION = {"gpt-oss", "phimoe", "qwen2-moe"}
 @pytest.mark.parametrize("name", [name for name in WINDOWED if name not in NOT_CAPTURED_IN_FULL_PRECISION])
 def test_captured_attention_to_trees_gives_the_plain_text(name, captured, monkeypatch):
     """Where half precision would part the texts, the kernels are taken in fp32, too."""
-    monkeypatch.setattr(fixed_rounds.FixedRounds, "can_fuse", lambda rounds: True)
+    monkeypatch.setattr(shelf, "can_fuse", lambda target: True)
     target = WINDOWED[name][0]().eval().cuda()
     draft = set_tree(make_draft(target), 12, 3, 4).cuda()
     for seed, prompt in enumerate([make_prompts([5], 2), make_prompts([20, 13, 4])]):
@@ -223,7 +223,7 @@ def test_targets_with_windows_may_have_all_fused_operations_in_half_precision(na
     draft.generation_config.fixed_shapes = True
 
     def fused(rounds):
-        rounds.fuses = rounds.can_fuse()
+        rounds.fuses = fused_target.can_fuse(target)
         with fused_target.fused_operations(target, draft):
             return verify(rounds)
 

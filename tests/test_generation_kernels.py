@@ -9,11 +9,11 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from eagle3_mla.generation import (
-    fixed_rounds,
     fused_mlp,
     fused_norm,
     fused_residual,
     fused_rope,
+    fused_target,
     kernels,
     latent_attention,
     notices,
@@ -170,9 +170,8 @@ def test_all_operations_and_devices_together_say_it_once(broken_triton, caplog):
 def test_a_gpu_without_kernels_captures_the_target_with_its_own_code(monkeypatch):
     """The definitions of the fused operations stand in for kernels in the tests; nothing is gained by them."""
     target = SimpleNamespace(dtype=torch.bfloat16, device=torch.device("cuda"))
-    rounds = SimpleNamespace(target=target, windows={})
     for can_run in (True, False):
-        monkeypatch.setattr(fixed_rounds, "can_run_kernels", lambda device, can_run=can_run: can_run)
-        assert fixed_rounds.FixedRounds.can_fuse(rounds) is can_run
+        monkeypatch.setattr(fused_target, "can_run_kernels", lambda device, can_run=can_run: can_run)
+        assert fused_target.can_fuse(target) is can_run
     target.device = torch.device("cpu")
-    assert fixed_rounds.FixedRounds.can_fuse(rounds)
+    assert fused_target.can_fuse(target)
