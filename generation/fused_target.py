@@ -175,9 +175,16 @@ def fused_operations(target: PreTrainedModel, draft: nn.Module) -> Iterator[None
     """While the context is open, what lies between the matrix products of both models takes fewer kernels."""
     with (
         fused_residuals(target),  # before the others: it tries MLPs and norms as they are
-        fused_norms(target, draft),
+        fused_norms(target),
         fused_rope(target),
-        fused_draft_rope(draft),
-        fused_mlps(target, draft),
+        fused_mlps(target),
+        fused_draft_operations(draft),
     ):
+        yield
+
+
+@contextmanager
+def fused_draft_operations(draft: nn.Module) -> Iterator[None]:
+    """As [`fused_operations`], of a draft alone."""
+    with fused_norms(draft), fused_draft_rope(draft), fused_mlps(draft):
         yield
