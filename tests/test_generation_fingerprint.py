@@ -185,6 +185,14 @@ def test_variable_of_a_function_is_told_apart(llama):
     assert Fingerprint(llama) != before
 
 
+def test_class_that_a_module_also_holds_is_looked_into(llama):
+    mlp = steer(llama)
+    mlp.kind = type(mlp)
+    before = Fingerprint(llama)
+    mlp.kind.beta = 2.0
+    assert Fingerprint(llama) != before
+
+
 def test_adapter_of_another_scale_has_another_fingerprint(llama):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(llama, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
