@@ -83,7 +83,7 @@ def attend_latents(
         projections ([`UpProjections`]): Of the latents.
         lengths (`torch.Tensor` of shape `(B,)`): Slots that each sequence holds, drafted ones included, int32; what is
             beyond T counts as T.
-        scaling (`float`): Factor of the scores.
+        scaling (`float`): Factor of the scores, positive.
         drafted ([`DraftedSlots`], *optional*): The last slots; `None`: every row sees all slots.
         first_slots (`torch.Tensor` of shape `(B,)`, *optional*): Those behind the padding, of RoPE position 0, int32.
 

@@ -56,7 +56,7 @@ def attend(
     drafted = drafted_inputs(drafted, lengths)
     if k_rope.shape[-1] == 0:
         inv_freq, scaling = projections.inv_freq.contiguous(), scaling * projections.attention_scaling
-    if inv_freq is not None and first is None and pipeline_takes(query, c_kv):
+    if inv_freq is not None and first is None and pipeline_takes(query, c_kv, len(w_uk)):
         parts = pipelined_parts(query, c_kv, w_uk, inv_freq, lengths, scaling, drafted)
     else:
         parts = split_parts(query, c_kv, k_rope, w_uk, inv_freq, lengths, scaling, drafted, first)

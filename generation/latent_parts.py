@@ -13,7 +13,7 @@ from torch import Tensor
 @dataclass(frozen=True)
 class Parts:
     """
-    What programs find out, each about some of the slots.
+    What programs find out, each about some of the slots; one with nothing to do leaves its part as it was.
 
     Args:
         sums (`torch.Tensor` of shape `(B, P, H, W, C)`): Of weighted latents.

@@ -1,49 +1,80 @@
 """When attention to latents runs as the pipeline of `latent_pipeline_gluon.py`: on what GPUs, with what compilers."""
 
+import functools
+import logging
+
 import torch
 import triton
 from torch import Tensor
 
 from .latent_parts import Parts, sm_count
 
+logger = logging.getLogger(__name__)
+
 HOPPER = (9, 0)
 # Gluon is experimental: other versions of Triton may compile the kernel to something else, or not at all.
 TRITON_VERSIONS = ("3.6.",)
 LATENT_DIMS = (64, 128, 256)
 LEAST_HEAD_DIM = 64
+# Up to so many rows of heads that share keys, only long texts of one sequence gain (H200).
+FEW_ROWS, LONG_CAPACITY = 16, 8192
 # What the device copies by itself begins at a multiple of so many bytes.
 ALIGNMENT = 16
 
 
-def pipeline_takes(query: Tensor, c_kv: Tensor) -> bool:
+def pipeline_takes(query: Tensor, c_kv: Tensor, num_groups: int) -> bool:
     """
-    Whether the pipeline computes attention of `query (B, H, W, d)` to `c_kv (B, 1, T, C)`, without padding, where
-    R = 0.
+    Whether the pipeline computes an attention without padding where R = 0.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, H, W, d)`), c_kv (`torch.Tensor` of shape `(B, 1, T, C)`): As for
+            `attend_latents`.
+        num_groups (`int`): Key-value heads.
     """
     if not query.is_cuda or torch.cuda.get_device_capability(query.device) != HOPPER:
         return False
-    if not triton.__version__.startswith(TRITON_VERSIONS):
+    if c_kv.shape[3] not in LATENT_DIMS or query.shape[3] < LEAST_HEAD_DIM or not can_be_copied(c_kv):
         return False
-    return c_kv.shape[3] in LATENT_DIMS and query.shape[3] >= LEAST_HEAD_DIM and can_be_copied(c_kv)
+    return is_worth_it(query, c_kv, num_groups) and is_known(triton.__version__)
 
 
 def can_be_copied(c_kv: Tensor) -> bool:
     """Whether the device can see the slots of all sequences of `c_kv (B, 1, T, C)` as the rows of one matrix."""
+    batch_size, _, num_slots, latent_dim = c_kv.shape
     batch_stride, _, slot_stride, _ = c_kv.stride()
     is_aligned = c_kv.data_ptr() % ALIGNMENT == 0 and slot_stride * c_kv.element_size() % ALIGNMENT == 0
-    return is_aligned and (len(c_kv) == 1 or batch_stride % slot_stride == 0)
+    is_matrix = num_slots > 0 and slot_stride >= latent_dim and (batch_size == 1 or batch_stride % slot_stride == 0)
+    return is_aligned and is_matrix
+
+
+def is_worth_it(query: Tensor, c_kv: Tensor, num_groups: int) -> bool:
+    """Whether the pipeline, whose products always have 64 rows, is the faster kernel."""
+    batch_size, num_heads, num_rows, _ = query.shape
+    has_many_rows = num_heads // num_groups * num_rows > FEW_ROWS
+    return has_many_rows or (batch_size == 1 and c_kv.shape[2] >= LONG_CAPACITY)
+
+
+@functools.cache
+def is_known(version: str) -> bool:
+    """Whether the pipeline was tried with a version of Triton. If not, the log says so, once."""
+    if version.startswith(TRITON_VERSIONS):
+        return True
+    known = ", ".join(f"{each}x" for each in TRITON_VERSIONS)
+    logger.info(f"Attention to latents has a faster kernel for this GPU, tried with Triton {known}, not {version}.")
+    return False
 
 
 def pipelined_parts(
     query: Tensor, c_kv: Tensor, w_uk: Tensor, inv_freq: Tensor, lengths: Tensor, scaling: float, drafted: tuple
 ) -> Parts:
     """
-    See `launch_parts`.
+    Starts the pipeline, which fills the parts that are returned.
 
     Args:
-        w_uk (`torch.Tensor` of shape `(G, d, C)`), inv_freq (`torch.Tensor` of shape `(d / 2,)`), lengths
+        query (`torch.Tensor` of shape `(B, H, W, d)`), c_kv (`torch.Tensor` of shape `(B, 1, T, C)`), w_uk
+            (`torch.Tensor` of shape `(G, d, C)`), inv_freq (`torch.Tensor` of shape `(d / 2,)`), lengths
             (`torch.Tensor` of shape `(B,)`): As for `attend_latents`.
-        scaling (`float`): Factor of the scores, which are logarithms to base 2.
+        scaling (`float`): Positive factor of the scores, which are logarithms to base 2.
         drafted (`tuple`): What `drafted_inputs` gives.
     """
     from .latent_pipeline_gluon import BLOCK_ROWS, BLOCK_SLOTS, launch_parts  # not every Triton has Gluon

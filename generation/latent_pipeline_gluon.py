@@ -31,9 +31,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from .latent_parts import Parts
 from .latent_tiles_triton import block_of, cos_sin, turned
 
+# The kernel is written for these sizes: 64 of each, and 4 warps in each of its two groups.
 BLOCK_SLOTS = BLOCK_ROWS = 64
 NUM_STAGES, NUM_KEY_TILES = 3, 2
-NUM_WARPS = 4  # of each of the two groups
+NUM_WARPS = 4
 # Of a thread that makes keys: the angles of a tile, and its keys, take half of them.
 KEY_REGISTERS = 216
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}

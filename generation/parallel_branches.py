@@ -76,10 +76,11 @@ class Branches:
             return self.plain_remember(attention_input, cos_sin, **kwargs)
         current, side = torch.cuda.current_stream(attention_input.device), side_stream(attention_input.device)
         side.wait_event(event)
-        with torch.cuda.stream(side):
-            memory = self.plain_remember(attention_input, cos_sin, **kwargs)
-        current.wait_stream(side)
-        return memory
+        try:
+            with torch.cuda.stream(side):
+                return self.plain_remember(attention_input, cos_sin, **kwargs)
+        finally:  # a recording that ends with a loose branch would hide the error behind its own
+            current.wait_stream(side)
 
     def take_fork(self, *inputs) -> torch.cuda.Event | None:
         """Where the branches have parted, if they did so for these inputs."""
@@ -120,7 +121,8 @@ def put_back(attention: nn.Module, replaced: dict[str, Callable]) -> None:
 @functools.cache
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """
-    The same for all captures, which take turns: libraries keep a workspace for every stream that they have seen.
+    The same for all captures of this copy of the package, which take turns: libraries keep a workspace for every
+    stream that they have seen.
 
     Of high priority, so that its few programs do not queue behind the many of `ask`.
     """

@@ -65,8 +65,10 @@ def log(monkeypatch) -> list[str]:
     @contextmanager
     def on(stream):
         current.append(stream)
-        yield
-        current.pop()
+        try:
+            yield
+        finally:
+            current.pop()
 
     def logged(name, method, *given, **others):
         lines.append(f"{name} on {current[-1].name}")
@@ -102,6 +104,20 @@ def test_memory_is_computed_on_the_side_between_fork_and_join(kind, log):
     assert log == 2 * of_layer
     assert torch.equal(found.logits, expected.logits)
     assert torch.equal(found.states, expected.states)
+
+
+@torch.no_grad()
+def test_branches_join_after_an_error_too(log, monkeypatch):
+    """A graph with a loose branch cannot be ended, which would hide what went wrong: a shortage of memory, say."""
+
+    def fail(*given, **others):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(LatentAttention, "remember", fail)
+    draft, rows = make_layers("R64", SMALL), torch.randn(1, 3, 32)
+    with parallel_branches.parallel_branches(draft), pytest.raises(torch.OutOfMemoryError, match="no room"):
+        draft(rows, fused_states=rows)
+    assert log[-1] == "current waits for side"
 
 
 def plain_calls(draft) -> list[str]:

@@ -51,31 +51,49 @@ def latents(*shape: int) -> torch.Tensor:
     return torch.zeros(*shape, dtype=torch.bfloat16)
 
 
+def takes(query: torch.Tensor, c_kv: torch.Tensor) -> bool:
+    return latent_pipeline.pipeline_takes(query, c_kv, num_groups=8)
+
+
 def test_the_pipeline_takes_what_it_was_tried_with(on_hopper, monkeypatch):
-    query, c_kv = latents(2, 32, 3, 128), latents(2, 1, 500, 256)
-    assert latent_pipeline.pipeline_takes(query, c_kv)
-    assert latent_pipeline.pipeline_takes(query, latents(2, 2, 500, 64)[:, :1])
-    assert not latent_pipeline.pipeline_takes(query, latents(2, 1, 500, 512))
-    assert not latent_pipeline.pipeline_takes(query, latents(2, 1, 500, 96))
-    assert not latent_pipeline.pipeline_takes(latents(2, 32, 3, 32), c_kv)
+    query, c_kv = latents(2, 32, 10, 128), latents(2, 1, 500, 256)
+    assert takes(query, c_kv)
+    assert takes(query, latents(2, 2, 500, 64)[:, :1])
+    assert not takes(query, latents(2, 1, 500, 512))
+    assert not takes(query, latents(2, 1, 500, 96))
+    assert not takes(latents(2, 32, 10, 32), c_kv)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
-    assert not latent_pipeline.pipeline_takes(query, c_kv)
+    assert not takes(query, c_kv)
 
 
-def test_the_pipeline_waits_for_versions_of_triton_that_it_knows(on_hopper, monkeypatch):
-    monkeypatch.setattr(latent_pipeline.triton, "__version__", "3.7.1")
-    assert not latent_pipeline.pipeline_takes(latents(1, 32, 3, 128), latents(1, 1, 500, 256))
+def test_few_rows_have_the_pipeline_in_long_texts_alone(on_hopper):
+    """Its products have 64 rows, whoever asks for them."""
+    long = latent_pipeline.LONG_CAPACITY
+    assert takes(latents(1, 32, 1, 128), latents(1, 1, long, 256))
+    assert not takes(latents(1, 32, 1, 128), latents(1, 1, long - 1, 256))
+    assert not takes(latents(2, 32, 4, 128), latents(2, 1, long, 256))
+    assert takes(latents(2, 32, 5, 128), latents(2, 1, 64, 256))
+
+
+def test_the_pipeline_waits_for_versions_of_triton_that_it_knows(on_hopper, monkeypatch, caplog):
+    monkeypatch.setattr(latent_pipeline.triton, "__version__", "3.7.99")
+    with caplog.at_level("INFO", logger=latent_pipeline.logger.name):
+        for _ in range(2):
+            assert not takes(latents(1, 32, 10, 128), latents(1, 1, 500, 256))
+    message = "Attention to latents has a faster kernel for this GPU, tried with Triton 3.6.x, not 3.7.99."
+    assert [record.message for record in caplog.records] == [message]
 
 
 def test_slots_that_the_device_cannot_copy_by_itself_are_left_to_the_other_kernel(on_hopper):
-    query, wide = latents(2, 32, 3, 128), latents(2, 1, 500, 264)
-    assert latent_pipeline.pipeline_takes(query, wide[..., :256])
-    assert not latent_pipeline.pipeline_takes(query, wide[..., 1:257]), "16 bytes are 8 elements"
-    odd_slots = latents(2, 1, 500, 257)[..., :256]
-    assert not latent_pipeline.pipeline_takes(query, odd_slots)
+    query, wide = latents(2, 32, 10, 128), latents(2, 1, 500, 264)
+    assert takes(query, wide[..., :256])
+    assert not takes(query, wide[..., 1:257]), "16 bytes are 8 elements"
+    assert not takes(query, latents(2, 1, 500, 257)[..., :256])
     in_pieces = torch.as_strided(latents(200000), (2, 1, 300, 256), (90000, 90000, 256, 1))
-    assert not latent_pipeline.pipeline_takes(query, in_pieces), "a sequence begins within a row of the one before"
-    assert latent_pipeline.pipeline_takes(query, in_pieces[:1]), "one sequence alone is a matrix anyhow"
+    assert not takes(query, in_pieces), "a sequence begins within a row of the one before"
+    assert takes(query[:1], in_pieces[:1]), "one sequence alone is a matrix anyhow"
+    assert not takes(query, latents(2, 1, 0, 256)), "no slots are no matrix"
+    assert not takes(query, latents(2, 1, 1, 256).expand(-1, -1, 500, -1)), "nor is one row again and again"
 
 
 def test_padded_texts_and_other_gpus_have_the_other_kernel(monkeypatch):
@@ -136,10 +154,11 @@ def test_the_kernel_compiles_for_hopper():
 
 
 @pytest.fixture
-def pipeline():
-    """Skips where it does not run."""
+def pipeline(monkeypatch):
+    """Takes few rows, too; skips where it does not run."""
+    monkeypatch.setattr(latent_pipeline, "is_worth_it", lambda *args: True)
     query = torch.zeros(1, 32, 1, 128, dtype=torch.bfloat16, device="cuda")
-    if not latent_pipeline.pipeline_takes(query, torch.zeros(1, 1, 64, 256, dtype=torch.bfloat16, device="cuda")):
+    if not takes(query, torch.zeros(1, 1, 64, 256, dtype=torch.bfloat16, device="cuda")):
         pytest.skip("the pipeline runs on Hopper, and with versions of Triton that it knows")
 
 
