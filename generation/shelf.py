@@ -316,6 +316,17 @@ class Shelf:
         return FixedRounds(self.buffers, self.target, self.draft, size, self.warpers, self.prefill.cache, self.ends)
 
 
+def forget_elsewhere(draft) -> None:
+    """
+    Lets go what is kept of a draft on devices that it has left.
+
+    A turn there may be at it, or at all that is kept there: so nothing is emptied, and no entry goes.
+    """
+    for device, sets in list(_kept.items()):
+        if device != draft.device and draft in sets:
+            sets[draft] = OrderedDict()
+
+
 def can_capture(device: torch.device) -> bool:
     """Whether rounds on a device become graphs."""
     return device.type == "cuda"

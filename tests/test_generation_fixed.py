@@ -758,6 +758,37 @@ def test_buffers_that_are_used_again_are_the_last_to_go(llama):
     assert list(kept) == [("a call", 384), ("a call", 256)]
 
 
+@pytest.fixture
+def kept_on(monkeypatch):
+    """Sets of heads on two devices, this one and another."""
+
+    def keep(here, *drafts) -> tuple:
+        kept = [weakref.WeakKeyDictionary((draft, OrderedDict(of=draft)) for draft in drafts) for _ in range(2)]
+        monkeypatch.setattr(shelf, "_kept", {here: kept[0], torch.device("meta", 0): kept[1]})
+        return kept
+
+    return keep
+
+
+@pytest.mark.parametrize("fixed_shapes", [True, False])
+def test_pair_that_has_moved_leaves_no_sets_on_its_old_device(llama, fixed_shapes, kept_on):
+    draft, other = make_fixed(llama), make_fixed(llama)
+    draft.generation_config.fixed_shapes = fixed_shapes
+    here, elsewhere = kept_on(llama.device, draft, other)
+    call(llama, make_prompt(6), assistant_model=draft, do_sample=False)
+    assert [list(sets[each]) for sets in (here, elsewhere) for each in (draft, other)] == [["of"], ["of"], [], ["of"]]
+
+
+def test_sets_that_another_thread_uses_are_left_alone(llama, kept_on):
+    """It may be out of memory, and on its way through all of them."""
+    draft = make_fixed(llama)
+    _, elsewhere = kept_on(llama.device, draft, make_fixed(llama))
+    for in_use in elsewhere.values():
+        shelf.forget_elsewhere(draft)
+        assert list(in_use) == ["of"]
+    assert not elsewhere[draft]
+
+
 @pytest.mark.gpu
 def test_call_on_another_stream_waits_until_the_buffers_are_free(monkeypatch):
     """A call returns before the device has copied its cache; the next one writes into the same buffers."""
