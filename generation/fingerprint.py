@@ -39,7 +39,8 @@ class Fingerprint:
     """
 
     def __init__(self, model: nn.Module):
-        self._references, self._parts, self._seen = [], [], set()
+        self._references, self._parts = [], []
+        self._seen: dict[int, int] = {}  # what has been met, by its address, and as which
         self._tensors: list[Tensor] = []
         self._add_all([model])
         references = list(map(weakref.ref, self._tensors))
@@ -59,9 +60,10 @@ class Fingerprint:
         if kind in TENSORS:
             self._tensors.append(value)
         elif issubclass(kind, CONTAINERS):
-            if id(value) not in self._seen:  # nor within itself
-                self._seen.add(id(value))
+            if self._meets(value):
                 self._add_fields(value) if issubclass(kind, dict) else self._add_all(value)
+            else:  # elsewhere, or within itself
+                self._parts.append(self._seen[id(value)])
         elif self._is_new(value):
             self._add_object(value, kind)
 
@@ -90,9 +92,12 @@ class Fingerprint:
             reference = value
         self._references.append(reference)
         self._parts.append(id(reference))
-        is_new = id(value) not in self._seen
-        self._seen.add(id(value))
-        return is_new
+        return self._meets(value)
+
+    def _meets(self, value) -> bool:
+        """Whether for the first time."""
+        place = len(self._seen)
+        return self._seen.setdefault(id(value), place) == place
 
     def _add_object(self, value, kind: type) -> None:
         if issubclass(kind, nn.Module):
@@ -131,9 +136,8 @@ class Fingerprint:
 
     def _add_class(self, kind: type) -> None:
         """The functions of a class and its plain values."""
-        if id(kind) in self._seen:
+        if not self._meets(kind):
             return
-        self._seen.add(id(kind))
         fields = {name: value for name, value in vars(kind).items() if type(value) in PLAIN and name not in UNREAD}
         self._add_fields(fields)
         functions = [value for value in vars(kind).values() if type(value) is FunctionType]

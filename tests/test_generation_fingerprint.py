@@ -65,7 +65,8 @@ class Steered(nn.Module):
         self.block, self.alpha, self.vector = block, None, 3 * torch.randn(32)
         self.settings, self.plain_object = Settings([1.0, 2.0], {"layer": 1}), SimpleNamespace(alpha=1)
         self.pair, self.dtype, self.scale, self.function = (1, [2]), torch.float32, 1, partial(torch.add, alpha=1)
-        self.hidden = [nn.ReLU()]
+        self.hidden, self.constants = [nn.ReLU()], {"low": [1.0], "high": [2.0]}
+        self.constant = self.constants["low"]
 
     def forward(self, states):
         states = self.block(states)
@@ -118,6 +119,9 @@ CHANGES = {
     "dict in an object": lambda target: target.model.layers[1].mlp.control.strengths.update(all=2.0),
     "slots of an object": lambda target: setattr(target.model.layers[1].mlp.slotted_control, "alpha", 2.0),
     "slots of a dataclass": lambda target: setattr(target.model.layers[1].mlp.slotted_settings, "strength", 2.0),
+    "another of two lists": lambda target: set_field(
+        target, "constant", target.model.layers[1].mlp.constants["high"]
+    ),
     "class": lambda target: setattr(type(target.model.layers[1].mlp), "beta", 2.0),
     "function of a class": lambda target: setattr(type(target.model.layers[1].mlp), "helper", lambda self: 1),
     "another object": lambda target: set_field(target, "control", Control()),
