@@ -7,10 +7,11 @@ seen are global variables, and what lies deeper in objects of other kinds.
 """
 
 import dataclasses
+import gc
 import weakref
 from collections.abc import Iterable, Mapping
 from functools import lru_cache, partial
-from types import FunctionType, MethodType, SimpleNamespace
+from types import FunctionType, MappingProxyType, MemberDescriptorType, MethodType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from transformers import PreTrainedConfig
 
 PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 TENSORS = {Tensor, nn.Parameter}
-CONTAINERS = (tuple, list, set, frozenset, dict)
+MAPPINGS = (dict, MappingProxyType)
+CONTAINERS = (tuple, list, set, frozenset, *MAPPINGS)
 # Objects that are nothing but their fields.
 RECORDS = (PreTrainedConfig, SimpleNamespace)
 # What PyTorch keeps in every module: tensors and submodules are looked at by themselves, hooks in `obstacles.py`.
@@ -31,8 +33,8 @@ class Fingerprint:
     """
     Equal to another one if, and only if, the models are the same and compute alike, as far as can be seen.
 
-    What can be referred to weakly is not kept alive; the reference stays, so that nothing new, which may lie at the
-    same address, is taken for what is gone.
+    Nothing but classes is kept alive that may refer to a model. Weak references stay, so that nothing new, which may
+    lie at the same address, is taken for what is gone; what takes none is followed into all of its fields.
 
     Args:
         model (`nn.Module`): The model, as it is now.
@@ -61,7 +63,7 @@ class Fingerprint:
             self._tensors.append(value)
         elif issubclass(kind, CONTAINERS):
             if self._meets(value):
-                self._add_fields(value) if issubclass(kind, dict) else self._add_all(value)
+                self._add_fields(value) if issubclass(kind, MAPPINGS) else self._add_all(value)
             else:  # elsewhere, or within itself
                 self._parts.append(self._seen[id(value)])
         elif self._is_new(value):
@@ -86,12 +88,11 @@ class Fingerprint:
 
     def _is_new(self, value) -> bool:
         """Notes which object this is; whether its contents have not been noted yet."""
-        try:
-            reference = weakref.ref(value)  # one and the same as long as there is one to the object
-        except TypeError:
-            reference = value
-        self._references.append(reference)
+        # There is one reference to an object, as long as there is any.
+        reference = weakref.ref(value) if takes_weak_references(type(value)) else value
         self._parts.append(id(reference))
+        if reference is not value or not gc.is_tracked(value):  # what is not tracked refers to nothing
+            self._references.append(reference)
         return self._meets(value)
 
     def _meets(self, value) -> bool:
@@ -115,6 +116,8 @@ class Fingerprint:
         elif dataclasses.is_dataclass(kind):
             names = [each.name for each in dataclasses.fields(value)]
             self._add_fields(getattr(value, "__dict__", {}) | {name: getattr(value, name, None) for name in names})
+        elif not takes_weak_references(kind) and kind not in weakref.ProxyTypes:
+            self._add_fields(fields_of(value))
         elif not issubclass(kind, type):
             self._add_fields(simple_fields(value))
 
@@ -168,22 +171,27 @@ def contents_of(function: FunctionType) -> list:
     return contents
 
 
+def takes_weak_references(kind: type) -> bool:
+    """Whether objects of this kind can be referred to without being kept alive."""
+    return kind.__weakrefoffset__ != 0
+
+
+def fields_of(value) -> dict:
+    """The fields of any object, those outside of its dictionary included: slots, and what a type of C shows."""
+    members = [
+        name for kind in type(value).__mro__ for name, each in vars(kind).items() if type(each) is MemberDescriptorType
+    ]
+    return {name: getattr(value, name, None) for name in [*getattr(value, "__dict__", ()), *members]}
+
+
 def simple_fields(value) -> dict:
     """The fields of any object that are plain values, a container's of them, or tensors; no other one is followed."""
-    names = [*getattr(value, "__dict__", ()), *(name for kind in type(value).__mro__ for name in slot_names(kind))]
-    fields = {name: getattr(value, name, None) for name in names}
-    return {name: each for name, each in fields.items() if isinstance(each, Tensor) or is_simple(each)}
-
-
-def slot_names(kind: type) -> tuple[str, ...]:
-    """Names of the fields that a class keeps outside of a dictionary."""
-    slots = vars(kind).get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+    return {name: each for name, each in fields_of(value).items() if isinstance(each, Tensor) or is_simple(each)}
 
 
 def is_simple(value) -> bool:
     """Whether it is a plain value, or a container of such."""
-    if isinstance(value, dict):
+    if isinstance(value, MAPPINGS):
         return PLAIN.issuperset(map(type, value.values()))
     return type(value) in PLAIN or (isinstance(value, CONTAINERS) and PLAIN.issuperset(map(type, value)))
 

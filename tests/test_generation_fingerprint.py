@@ -5,7 +5,7 @@ import gc
 import weakref
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -86,10 +86,15 @@ class SlottedSettings:
 
 
 class SlottedControl:
-    __slots__ = ("alpha",)
+    """Takes no weak reference."""
 
-    def __init__(self):
-        self.alpha = 1.0
+    __slots__ = ("__hidden", "alpha", "held")
+
+    def __init__(self, held=None):
+        self.alpha, self.__hidden, self.held = 1.0, 1.0, held
+
+    def hide(self, value):
+        self.__hidden = value
 
 
 def steer(target) -> Steered:
@@ -97,6 +102,9 @@ def steer(target) -> Steered:
     layer.mlp = type("OwnSteered", (Steered,), {"beta": 1.0})(layer.mlp)
     layer.mlp.control, layer.mlp.slotted_control = Control(), SlottedControl()
     layer.mlp.slotted_settings = SlottedSettings()
+    layer.mlp.slotted_control.held = SlottedControl(nn.ReLU())
+    layer.mlp.window, layer.mlp.order = slice(0, 4), range(4)
+    layer.mlp.read_only = MappingProxyType(layer.mlp.constants)
     return layer.mlp
 
 
@@ -119,9 +127,16 @@ CHANGES = {
     "dict in an object": lambda target: target.model.layers[1].mlp.control.strengths.update(all=2.0),
     "slots of an object": lambda target: setattr(target.model.layers[1].mlp.slotted_control, "alpha", 2.0),
     "slots of a dataclass": lambda target: setattr(target.model.layers[1].mlp.slotted_settings, "strength", 2.0),
-    "another of two lists": lambda target: set_field(
-        target, "constant", target.model.layers[1].mlp.constants["high"]
+    "hidden slot of an object": lambda target: target.model.layers[1].mlp.slotted_control.hide(2.0),
+    "slots of an object in slots": lambda target: setattr(target.model.layers[1].mlp.slotted_control.held, "alpha", 2),
+    "module in slots": lambda target: target.model.layers[1].mlp.slotted_control.held.held.eval(),
+    "another object in slots": lambda target: setattr(
+        target.model.layers[1].mlp.slotted_control, "held", SlottedControl(nn.ReLU())
     ),
+    "slice": lambda target: set_field(target, "window", slice(0, 5)),
+    "range": lambda target: set_field(target, "order", range(5)),
+    "mapping that is read only": lambda target: set_field(target, "read_only", MappingProxyType({"low": 1.0})),
+    "another of two lists": lambda target: set_field(target, "constant", target.model.layers[1].mlp.constants["high"]),
     "class": lambda target: setattr(type(target.model.layers[1].mlp), "beta", 2.0),
     "function of a class": lambda target: setattr(type(target.model.layers[1].mlp), "helper", lambda self: 1),
     "another object": lambda target: set_field(target, "control", Control()),
@@ -214,6 +229,48 @@ def test_fingerprint_keeps_no_model():
     gc.collect()
     assert [model() for model in models] == [None, None]
     assert len(set(kept)) == 2
+
+
+@dataclass(slots=True)
+class SlottedReference:
+    model: nn.Module
+
+
+# Objects that take no weak reference, each around a model.
+HOLDERS = {
+    "slots": SlottedControl,
+    "slots of a dataclass": SlottedReference,
+    "namespace": lambda model: SimpleNamespace(model=model),
+    "mapping that is read only": lambda model: MappingProxyType({"model": model}),
+    "slice": lambda model: slice(0, model),
+    "method of C": lambda model: model.__str__.__call__,
+    "iterator": lambda model: iter([model]),
+    "exception": lambda model: ValueError(model),
+}
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+def test_what_takes_no_weak_reference_keeps_no_model(hold):
+    """As the value of a dictionary with weak keys it would keep its own key."""
+    target = TARGETS["llama"]().eval()
+    target.holder = hold(target)
+    with pytest.raises(TypeError, match="weak reference"):
+        weakref.ref(target.holder)
+    kept, model = Fingerprint(target), weakref.ref(target)
+    assert Fingerprint(target) == kept
+    del target
+    gc.collect()
+    assert model() is None
+
+
+def test_what_a_call_leaves_behind_a_weak_proxy_changes_no_fingerprint(llama):
+    draft = make_fixed(llama)
+    llama.draft = weakref.proxy(draft)
+    prints = []
+    for _ in range(2):
+        assert_plain_text(llama, draft, make_prompt(6))
+        prints.append(Fingerprint(llama))
+    assert prints[0] == prints[1]
 
 
 def plain_target(name: str):
