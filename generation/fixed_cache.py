@@ -103,7 +103,9 @@ class FixedCache(Cache):
         for stack in self.stacks.values():
             stack.zero_()
 
-    def give_back(self, cache: Cache, num_tokens: int, num_least: int | None = None) -> None:
+    def give_back(
+        self, cache: Cache, num_tokens: int, num_least: int | None = None, device: torch.device | None = None
+    ) -> None:
         """
         Fills `cache`, from which `load` took, with the first `num_tokens` slots: what plain generation leaves there.
 
@@ -111,14 +113,15 @@ class FixedCache(Cache):
             cache (`Cache`): The target's.
             num_tokens (`int`): Slots of the longest sequence.
             num_least (`int`, *optional*): Slots of the shortest, whose windows must be there, too; `None`: as many.
+            device (`torch.device`, *optional*): Where they are put; `None`: where the buffers are.
 
         **Effects**: overwrites the layers of `cache`.
         """
         num_least = num_tokens if num_least is None else num_least
         for layer, source in zip(self.layers, cache.layers, strict=True):
             first = max(0, num_least - source.sliding_window + 1) if source.is_sliding else 0
-            source.keys = layer.keys[:, :, first:num_tokens].clone()
-            source.values = layer.values[:, :, first:num_tokens].clone()
+            source.keys = layer.keys[:, :, first:num_tokens].to(device, copy=True)
+            source.values = layer.values[:, :, first:num_tokens].to(device, copy=True)
             if source.is_sliding:
                 source.cumulative_length = num_tokens
 

@@ -190,6 +190,11 @@ class Shelf:
         self.buffers.take_over(before)
         return True
 
+    def let_go(self) -> None:
+        """Gives back the memory of the buffers in use; there are none any more."""
+        self.kept.pop(self.current_key, None)
+        self.current, self.uncaptured = None, {}
+
     def rounds(self, size: TreePlan) -> FixedRounds | None:
         """Rounds of this size on the buffers; `None`, and a line in the log, if they cannot be captured."""
         if size in self.current.rounds:
