@@ -33,8 +33,8 @@ class Fingerprint:
     """
     Equal to another one if, and only if, the models are the same and compute alike, as far as can be seen.
 
-    Nothing but classes is kept alive that may refer to a model. Weak references stay, so that nothing new, which may
-    lie at the same address, is taken for what is gone; what takes none is followed into all of its fields.
+    Nothing is kept alive that may refer to a model. Weak references stay, so that nothing new, which may lie at the
+    same address, is taken for what is gone; what takes none is followed into all of its fields.
 
     Args:
         model (`nn.Module`): The model, as it is now.
@@ -43,14 +43,14 @@ class Fingerprint:
     def __init__(self, model: nn.Module):
         self._references, self._parts = [], []
         self._seen: dict[int, int] = {}  # what has been met, by its address, and as which
+        self._kinds: dict[tuple[type, ...], int] = {}  # of values that were met together, and as which
         self._tensors: list[Tensor] = []
         self._add_all([model])
-        references = list(map(weakref.ref, self._tensors))
-        self._references += references
-        self._parts += [*map(id, references), *places_of(self._tensors)]
-        self._parts = tuple(self._parts)
+        for noted in *self._kinds, self._tensors:
+            self._note(noted)
+        self._parts = (*self._parts, *places_of(self._tensors))
         self._hash = hash(self._parts)
-        del self._seen, self._tensors
+        del self._seen, self._kinds, self._tensors
 
     def __eq__(self, other) -> bool:
         return isinstance(other, Fingerprint) and self._parts == other._parts
@@ -72,7 +72,7 @@ class Fingerprint:
     def _add_all(self, values: Iterable) -> None:
         values = tuple(values)
         kinds = tuple(map(type, values))
-        self._parts.append(kinds)  # 1 and 1.0 are equal
+        self._add_kinds(kinds)  # 1 and 1.0 are equal
         if PLAIN.issuperset(kinds):
             self._parts.append(values)
             return
@@ -82,9 +82,18 @@ class Fingerprint:
             else:
                 self._add(value, kind)
 
+    def _add_kinds(self, kinds: tuple[type, ...]) -> None:
+        self._parts.append(self._kinds.setdefault(kinds, len(self._kinds)))
+
     def _add_fields(self, fields: Mapping) -> None:
         self._add_all(fields.keys())
         self._add_all(fields.values())
+
+    def _note(self, values: Iterable) -> None:
+        """Notes which tensors, classes or functions these are."""
+        references = list(map(weakref.ref, values))
+        self._references += references
+        self._parts.append(tuple(map(id, references)))
 
     def _is_new(self, value) -> bool:
         """Notes which object this is; whether its contents have not been noted yet."""
@@ -124,6 +133,7 @@ class Fingerprint:
     def _add_module(self, module: nn.Module, kind: type) -> None:
         fields = vars(module)
         names = names_read(tuple(fields))
+        self._add_kinds((kind,))
         self._parts.append(names)
         self._add_all([fields[name] for name in names])
         for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
@@ -143,9 +153,7 @@ class Fingerprint:
             return
         fields = {name: value for name, value in vars(kind).items() if type(value) in PLAIN and name not in UNREAD}
         self._add_fields(fields)
-        functions = [value for value in vars(kind).values() if type(value) is FunctionType]
-        self._references += functions
-        self._parts += map(id, functions)
+        self._note([value for value in vars(kind).values() if type(value) is FunctionType])
 
     def _add_tensor(self, tensor: Tensor) -> None:
         if hasattr(tensor, "__tensor_flatten__"):  # one that is made of others has no place of its own

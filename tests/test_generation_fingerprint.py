@@ -103,6 +103,7 @@ def steer(target) -> Steered:
     layer.mlp.control, layer.mlp.slotted_control = Control(), SlottedControl()
     layer.mlp.slotted_settings = SlottedSettings()
     layer.mlp.slotted_control.held = SlottedControl(nn.ReLU())
+    layer.mlp.steps = nn.Sequential(nn.ReLU(), nn.GELU(), nn.ReLU())
     layer.mlp.window, layer.mlp.order = slice(0, 4), range(4)
     layer.mlp.read_only = MappingProxyType(layer.mlp.constants)
     return layer.mlp
@@ -137,6 +138,7 @@ CHANGES = {
     "range": lambda target: set_field(target, "order", range(5)),
     "mapping that is read only": lambda target: set_field(target, "read_only", MappingProxyType({"low": 1.0})),
     "another of two lists": lambda target: set_field(target, "constant", target.model.layers[1].mlp.constants["high"]),
+    "class of a module": lambda target: setattr(target.model.layers[1].mlp.steps[2], "__class__", nn.GELU),
     "class": lambda target: setattr(type(target.model.layers[1].mlp), "beta", 2.0),
     "function of a class": lambda target: setattr(type(target.model.layers[1].mlp), "helper", lambda self: 1),
     "another object": lambda target: set_field(target, "control", Control()),
@@ -261,6 +263,36 @@ def test_what_takes_no_weak_reference_keeps_no_model(hold):
     del target
     gc.collect()
     assert model() is None
+
+
+def test_class_that_refers_to_a_model_keeps_it_not():
+    """Its functions have taken the model from where they were defined."""
+
+    def close_over(target) -> type:
+        class Closed(nn.Module):
+            def forward(self, states):
+                return target.model.norm(states)
+
+        return Closed
+
+    target = TARGETS["llama"]().eval()
+    target.model.layers[1].mlp = close_over(target)()
+    kept, model = Fingerprint(target), weakref.ref(target)
+    assert Fingerprint(target) == kept
+    del target
+    gc.collect()
+    assert model() is None
+
+
+def test_class_at_the_address_of_a_class_that_is_gone_is_told_apart(llama):
+    prints, addresses = set(), set()
+    for _ in range(20):
+        llama.model.layers[1].helper = type("Helper", (), {})()
+        addresses.add(id(type(llama.model.layers[1].helper)))
+        prints.add(Fingerprint(llama))
+        del llama.model.layers[1].helper
+        gc.collect()
+    assert len(prints) == 20
 
 
 def test_what_a_call_leaves_behind_a_weak_proxy_changes_no_fingerprint(llama):
