@@ -493,6 +493,15 @@ class Eagle3MLADecoderLayer(nn.Module):
         """The second half of the layer, residual included."""
         return states + self.mlp(self.post_attention_layernorm(states))
 
+    def remember(self, inputs_embeds: Tensor, states: Tensor, cos_sin: CosSin, past_key_values: Cache) -> None:
+        """
+        What later rows need of these, and no more.
+
+        **Effects**: appends to `past_key_values`, as `forward` does.
+        """
+        memory = self.self_attn.remember(self.attention_input(inputs_embeds, states), cos_sin)
+        past_key_values.update(*memory, self.self_attn.layer_idx)
+
     def forward(self, inputs_embeds: Tensor, states: Tensor, **attention) -> Tensor:
         attention_input = self.attention_input(inputs_embeds, states)
         states = self.residual(attention_input, states) + self.self_attn(attention_input, **attention)
@@ -751,7 +760,7 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         key_position_ids: Tensor | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | None = 0,
         **kwargs,
     ) -> Eagle3MLAOutput:
         """
@@ -774,7 +783,8 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
                 RoPE positions of all that the cache returns, cached and new rows. Defaults to cached rows that precede
                 the first new one directly.
             logits_to_keep (`int`, *optional*, defaults to 0):
-                Return only the last so many rows; 0 returns all.
+                Return only the last so many rows; 0 returns all. With `None` the rows are remembered alone: the output
+                has no logits and no states.
 
         Returns:
             [`Eagle3MLAOutput`]
@@ -799,15 +809,19 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
             key_position_ids = torch.cat([position_ids[:, :1] + preceding, position_ids], dim=1)  # (B, K)
         if key_position_ids is not None:
             key_cos_sin = self.rotary_emb(key_position_ids, states.dtype)
-        for layer in self.layers:
-            states = layer(
-                inputs_embeds,
-                states,
-                cos_sin=cos_sin,
-                key_cos_sin=key_cos_sin,
-                mask=attention_mask,
-                past_key_values=past_key_values,
-            )
+        attention = {
+            "cos_sin": cos_sin,
+            "key_cos_sin": key_cos_sin,
+            "mask": attention_mask,
+            "past_key_values": past_key_values,
+        }
+        *earlier, last = self.layers
+        for layer in earlier:
+            states = layer(inputs_embeds, states, **attention)
+        if logits_to_keep is None:
+            last.remember(inputs_embeds, states, cos_sin, past_key_values)
+            return Eagle3MLAOutput(past_key_values=past_key_values)
+        states = last(inputs_embeds, states, **attention)
         logits, states = self.predict(states[:, -logits_to_keep:])
         return Eagle3MLAOutput(logits=logits, states=states, past_key_values=past_key_values)
 

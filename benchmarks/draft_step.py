@@ -2,7 +2,8 @@
 
 The head of an 8B target: 32 query heads and 8 key-value heads of 128, hidden 4096, MLP 14336, bfloat16, batch 1; MLA
 with C = 256, R = 0 and R = 64. `width` new rows attend to the context and, each, to itself. "Attention" is what lies
-between query and output projection, the projections that MLA moves there included; "layer" is the draft's whole layer.
+between query and output projection, the projections that MLA moves there included; "layer" is the draft's whole layer
+as captured rounds run it, with their kernels (norms, RoPE, gate, cache) on two streams, whatever the attention.
 Times are medians of CUDA graphs, the L2 cache emptied before each. TFLOP/s and GB/s are attention's: FLOPs that the
 absorbed form needs (R = 0: its keys made once), bytes of the cache, read once. "cache" is what the draft's cache has
 allocated for the context, a quarter more than it holds. `flash` is standard attention without a mask, a bound for what
@@ -20,8 +21,10 @@ from harness import BYTES_PER_GB, OUT_OF_MEMORY, write_table
 
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
 from eagle3_mla.generation.caches import new_draft_cache
+from eagle3_mla.generation.fused_target import fused_draft_operations
 from eagle3_mla.generation.latent_attention import DraftedSlots, UpProjections, attend_latents
-from eagle3_mla.modeling_eagle3_mla import Eagle3MLADecoderLayer, Eagle3MLARotaryEmbedding, sdpa_attention
+from eagle3_mla.generation.slot_writing import write_to_slots
+from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel, sdpa_attention
 
 LATENT_DIM = 256
 NUM_REPLAYS = 20
@@ -42,24 +45,25 @@ Heads = Callable[[torch.Tensor], torch.Tensor]
 @dataclass
 class Step:
     """
-    A layer and what one step of drafting reads.
+    A draft's only layer and what one step of drafting reads.
 
     Args:
-        layer ([`Eagle3MLADecoderLayer`]): With random weights.
+        draft ([`Eagle3MLADraftModel`]): With random weights.
         memory (`tuple[torch.Tensor, torch.Tensor]`): What the cache holds, the new rows last.
         rows (`torch.Tensor` of shape `(1, W, D)`): Embeddings and states of the new rows.
     """
 
-    layer: Eagle3MLADecoderLayer
+    draft: Eagle3MLADraftModel
     memory: tuple[torch.Tensor, torch.Tensor]
     rows: torch.Tensor
 
     def __post_init__(self):
-        config, width, num_slots = self.layer.self_attn.config, self.rows.shape[1], self.memory[0].shape[2]
+        self.layer, self.rotary = self.draft.layers[0], self.draft.rotary_emb
+        width, num_slots = self.rows.shape[1], self.memory[0].shape[2]
         device, dtype = self.rows.device, self.rows.dtype
         self.num_context = num_slots - width
         slots = torch.arange(num_slots, device=device)[None]
-        self.rotary = Eagle3MLARotaryEmbedding(config)
+        self.slots = slots[:, self.num_context :]
         # Siblings: one depth of a tree.
         positions = slots.clamp(max=self.num_context)
         self.key_cos_sin = self.rotary(positions, dtype)
@@ -76,8 +80,7 @@ class Step:
         layer, attention = self.layer, self.layer.self_attn
         attention_input = layer.attention_input(self.rows, self.rows)
         query = attention.ask(attention_input, self.cos_sin)
-        for cached, new in zip(self.memory, attention.remember(attention_input, self.cos_sin), strict=True):
-            cached[:, :, self.num_context :].copy_(new)
+        write_to_slots(*self.memory, self.slots, *attention.remember(attention_input, self.cos_sin))
         states = layer.residual(attention_input, self.rows) + attention.output(attend(query))
         return layer.feed_forward(states)
 
@@ -103,7 +106,7 @@ class Step:
         return attend_latents(query, *self.memory, projections, self.lengths, attention.scaling, self.drafted)
 
 
-def make_layer(attention_type: str, rope_dim: int) -> Eagle3MLADecoderLayer:
+def make_draft(attention_type: str, rope_dim: int) -> Eagle3MLADraftModel:
     config = Eagle3MLAConfig(
         vocab_size=1024,
         draft_vocab_size=1024,
@@ -116,12 +119,12 @@ def make_layer(attention_type: str, rope_dim: int) -> Eagle3MLADecoderLayer:
         attn_implementation="sdpa",
         **({"mla_latent_dim": LATENT_DIM, "mla_rope_dim": rope_dim} if attention_type == "mla" else {}),
     )
-    return Eagle3MLADecoderLayer(config, layer_idx=0).to("cuda", torch.bfloat16)
+    with torch.device("cuda"):
+        return Eagle3MLADraftModel(config).eval().bfloat16()
 
 
-def make_memory(layer: Eagle3MLADecoderLayer, num_slots: int) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
+def make_memory(config: Eagle3MLAConfig, num_slots: int) -> tuple[tuple[torch.Tensor, torch.Tensor], int]:
     """A draft cache full of random numbers: its tensors, and the bytes that the device gave for it."""
-    config = layer.self_attn.config
     if config.attention_type == "gqa":
         sizes = [(config.num_key_value_heads, config.head_dim)] * 2
     else:
@@ -133,8 +136,7 @@ def make_memory(layer: Eagle3MLADecoderLayer, num_slots: int) -> tuple[tuple[tor
     return memory, torch.cuda.memory_allocated() - num_before
 
 
-def flops_per_slot(layer: Eagle3MLADecoderLayer, width: int) -> int:
-    config = layer.self_attn.config
+def flops_per_slot(config: Eagle3MLAConfig, width: int) -> int:
     num_queries, head_dim = config.num_attention_heads * width, config.head_dim
     if config.attention_type == "gqa":
         return 4 * num_queries * head_dim
@@ -173,19 +175,19 @@ def benchmark(variant: tuple[str, str, int, str], num_context: int, width: int) 
     cell = [name, str(num_context), str(width)]
     torch.manual_seed(0)
     try:
-        layer = make_layer(attention_type, rope_dim)
-        memory, num_bytes = make_memory(layer, num_context + width)
-        step = Step(layer, memory, torch.randn(1, width, 4096, device="cuda", dtype=torch.bfloat16))
+        draft = make_draft(attention_type, rope_dim)
+        memory, num_bytes = make_memory(draft.config, num_context + width)
+        step = Step(draft, memory, torch.randn(1, width, 4096, device="cuda", dtype=torch.bfloat16))
         attends = {"kernel": step.attend_by_kernel, "plain": step.attend_plain, "unmasked": step.attend_unmasked}
         attend = attends[kind]
-        key_dim = layer.self_attn.config.head_dim + rope_dim
-        query = torch.randn(1, 32, width, key_dim, device="cuda", dtype=torch.bfloat16)
+        query = torch.randn(1, 32, width, draft.config.head_dim + rope_dim, device="cuda", dtype=torch.bfloat16)
         attention_ms = graph_milliseconds(partial(attend, query))
-        layer_ms = graph_milliseconds(partial(step.run, attend))
+        with fused_draft_operations(draft):
+            layer_ms = graph_milliseconds(partial(step.run, attend))
     except torch.OutOfMemoryError:
         return [*cell, OUT_OF_MEMORY]
     num_read = sum(part.numel() * part.element_size() for part in memory)
-    flops = flops_per_slot(layer, width) * memory[0].shape[2]
+    flops = flops_per_slot(draft.config, width) * memory[0].shape[2]
     return [
         *cell,
         f"{attention_ms:.3f}",

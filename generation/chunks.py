@@ -18,6 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from .devices import input_device
+from .modules import modules_of
 from .notices import warn_once
 from .probing import TOLERATED_SHARE, TOLERATED_SHARE_IN_HALF_PRECISION
 
@@ -122,7 +123,7 @@ def keeps_keys_and_values(layer) -> bool:
 @torch.no_grad()
 def draws_random_numbers(model: PreTrainedModel, forward: Callable[[], object]) -> bool:
     """Whether a `forward` of `model` moves a random generator, if any of its modules is in training mode."""
-    if not any(module.training for module in model.modules()):
+    if not any(module.training for module in modules_of(model)):
         return False
     devices = {parameter.device for parameter in model.parameters()}
     on_gpu = [device for device in devices if device.type == "cuda"]

@@ -9,7 +9,7 @@ seen are global variables, and what lies deeper in objects of other kinds.
 import dataclasses
 import gc
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache, partial
 from types import FunctionType, MappingProxyType, MemberDescriptorType, MethodType, SimpleNamespace
 
@@ -43,14 +43,18 @@ class Fingerprint:
     def __init__(self, model: nn.Module):
         self._references, self._parts = [], []
         self._seen: dict[int, int] = {}  # what has been met, by its address, and as which
-        self._kinds: dict[tuple[type, ...], int] = {}  # of values that were met together, and as which
-        self._tensors: list[Tensor] = []
-        self._add_all([model])
-        for noted in *self._kinds, self._tensors:
-            self._note(noted)
-        self._parts = (*self._parts, *places_of(self._tensors))
+        self._kinds: dict[type, None] = {}
+        self._functions, self._modules, self._tensors, self._classes = [], [], [], set()
+        values = [model]
+        while values:
+            values = self._add_all(values)
+        noted = [*self._kinds, *self._functions, *self._modules, *self._tensors]
+        references = list(map(weakref.ref, noted))
+        self._references += references
+        self._parts += [*map(id, references), *places_of(self._tensors)]
+        self._parts = tuple(self._parts)
         self._hash = hash(self._parts)
-        del self._seen, self._kinds, self._tensors
+        del self._seen, self._kinds, self._functions, self._modules, self._tensors, self._classes
 
     def __eq__(self, other) -> bool:
         return isinstance(other, Fingerprint) and self._parts == other._parts
@@ -58,108 +62,72 @@ class Fingerprint:
     def __hash__(self) -> int:
         return self._hash
 
-    def _add(self, value, kind: type) -> None:
-        if kind in TENSORS:
-            self._tensors.append(value)
-        elif issubclass(kind, CONTAINERS):
-            if self._meets(value):
-                self._add_fields(value) if issubclass(kind, MAPPINGS) else self._add_all(value)
-            else:  # elsewhere, or within itself
-                self._parts.append(self._seen[id(value)])
-        elif self._is_new(value):
-            self._add_object(value, kind)
-
-    def _add_all(self, values: Iterable) -> None:
-        values = tuple(values)
-        kinds = tuple(map(type, values))
-        self._add_kinds(kinds)  # 1 and 1.0 are equal
-        if PLAIN.issuperset(kinds):
-            self._parts.append(values)
-            return
+    def _add_all(self, values: list) -> list:
+        """Notes values; returns what is in those of them that have not been noted before."""
+        kinds, contents = tuple(map(type, values)), []
+        self._kinds |= dict.fromkeys(kinds)
+        self._parts.append(tuple(map(id, kinds)))  # 1 and 1.0 are equal
         for value, kind in zip(values, kinds, strict=True):
             if kind in PLAIN:
                 self._parts.append(value)
-            else:
-                self._add(value, kind)
+            elif kind in TENSORS:
+                self._tensors.append(value)
+            elif issubclass(kind, nn.Module):
+                contents += self._add_module(value, kind)
+            elif self._is_new(value, kind):
+                contents += self._add_object(value, kind)
+        return contents
 
-    def _add_kinds(self, kinds: tuple[type, ...]) -> None:
-        self._parts.append(self._kinds.setdefault(kinds, len(self._kinds)))
-
-    def _add_fields(self, fields: Mapping) -> None:
-        self._add_all(fields.keys())
-        self._add_all(fields.values())
-
-    def _note(self, values: Iterable) -> None:
-        """Notes which tensors, classes or functions these are."""
-        references = list(map(weakref.ref, values))
-        self._references += references
-        self._parts.append(tuple(map(id, references)))
-
-    def _is_new(self, value) -> bool:
-        """Notes which object this is; whether its contents have not been noted yet."""
-        # There is one reference to an object, as long as there is any.
-        reference = weakref.ref(value) if takes_weak_references(type(value)) else value
-        self._parts.append(id(reference))
-        if reference is not value or not gc.is_tracked(value):  # what is not tracked refers to nothing
-            self._references.append(reference)
-        return self._meets(value)
+    def _is_new(self, value, kind: type) -> bool:
+        """Notes which object this is, a container by its place; whether its contents have not been noted yet."""
+        is_new = self._meets(value)
+        if not issubclass(kind, CONTAINERS):
+            # There is one reference to an object, as long as there is any.
+            reference = weakref.ref(value) if takes_weak_references(kind) else value
+            self._parts.append(id(reference))
+            if reference is not value or not gc.is_tracked(value):  # what is not tracked refers to nothing
+                self._references.append(reference)
+        elif not is_new:
+            self._parts.append(self._seen[id(value)])
+        return is_new
 
     def _meets(self, value) -> bool:
         """Whether for the first time."""
         place = len(self._seen)
         return self._seen.setdefault(id(value), place) == place
 
-    def _add_object(self, value, kind: type) -> None:
-        if issubclass(kind, nn.Module):
-            self._add_module(value, kind)
-        elif issubclass(kind, Tensor):
-            self._add_tensor(value)
-        elif kind is FunctionType:
-            self._add_all([value.__defaults__, value.__kwdefaults__, *contents_of(value)])
-        elif kind is MethodType:
-            self._add_all([value.__func__, value.__self__])
-        elif kind is partial:
-            self._add_all([value.func, value.args, value.keywords])
-        elif issubclass(kind, RECORDS):
-            self._add_fields(vars(value))
-        elif dataclasses.is_dataclass(kind):
-            names = [each.name for each in dataclasses.fields(value)]
-            self._add_fields(getattr(value, "__dict__", {}) | {name: getattr(value, name, None) for name in names})
-        elif not takes_weak_references(kind) and kind not in weakref.ProxyTypes:
-            self._add_fields(fields_of(value))
-        elif not issubclass(kind, type):
-            self._add_fields(simple_fields(value))
-
-    def _add_module(self, module: nn.Module, kind: type) -> None:
+    def _add_module(self, module: nn.Module, kind: type) -> list:
+        """Notes the names of what is in a module, and its class; returns what is in it."""
+        self._modules.append(module)
+        if not self._meets(module):
+            return []
+        if kind not in self._classes:
+            self._add_classes(kind)
         fields = vars(module)
         names = names_read(tuple(fields))
-        self._add_kinds((kind,))
-        self._parts.append(names)
-        self._add_all([fields[name] for name in names])
+        parameters, buffers, children = module._parameters, module._buffers, module._modules
+        self._parts += [names, tuple(parameters.keys()), tuple(buffers.keys()), tuple(children.keys())]
+        return [*map(fields.get, names), *parameters.values(), *buffers.values(), *children.values()]
+
+    def _add_classes(self, kind: type) -> None:
+        """Notes the functions of a class of modules and its plain values, and those that it inherits."""
         for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-            self._add_class(base)
-        for tensors in module._parameters, module._buffers:
-            if tensors:
-                self._add_fields(tensors)
-        if children := module._modules:
-            self._parts.append(tuple(children.keys()))
-            for child in children.values():
-                if self._is_new(child):
-                    self._add_object(child, type(child))
+            if base not in self._classes:
+                self._classes.add(base)
+                fields = vars(base).items()
+                plain = {name: value for name, value in fields if type(value) in PLAIN and name not in UNREAD}
+                functions = [value for _, value in fields if type(value) is FunctionType]
+                self._functions += functions
+                self._parts += [tuple(plain), *map(type, plain.values()), *plain.values(), *map(id, functions)]
 
-    def _add_class(self, kind: type) -> None:
-        """The functions of a class and its plain values."""
-        if not self._meets(kind):
-            return
-        fields = {name: value for name, value in vars(kind).items() if type(value) in PLAIN and name not in UNREAD}
-        self._add_fields(fields)
-        self._note([value for value in vars(kind).values() if type(value) is FunctionType])
-
-    def _add_tensor(self, tensor: Tensor) -> None:
-        if hasattr(tensor, "__tensor_flatten__"):  # one that is made of others has no place of its own
-            self._add_all([getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]])
-        else:
-            self._tensors.append(tensor)
+    def _add_object(self, value, kind: type) -> list:
+        """Notes how much is in an object of any other kind; returns that."""
+        if issubclass(kind, Tensor) and not hasattr(value, "__tensor_flatten__"):
+            self._tensors.append(value)
+            return []
+        contents = contents_of(value, kind)
+        self._parts.append(len(contents))
+        return contents
 
 
 @lru_cache(maxsize=1024)
@@ -168,7 +136,25 @@ def names_read(names: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name for name in names if name not in FIELDS_OF_TORCH and name not in UNREAD)
 
 
-def contents_of(function: FunctionType) -> list:
+def contents_of(value, kind: type) -> list:
+    """What is in an object that is no module."""
+    if kind is FunctionType:
+        return [value.__defaults__, value.__kwdefaults__, *enclosed_by(value)]
+    if kind is MethodType:
+        return [value.__func__, value.__self__]
+    if kind is partial:
+        return [value.func, value.args, value.keywords]
+    if issubclass(kind, Tensor):  # one that is made of others has no place of its own
+        return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
+    if issubclass(kind, type):
+        return []
+    if issubclass(kind, CONTAINERS) and not issubclass(kind, MAPPINGS):
+        return list(value)
+    fields = value if issubclass(kind, MAPPINGS) else fields_of(value, kind)
+    return [*fields.keys(), *fields.values()]
+
+
+def enclosed_by(function: FunctionType) -> list:
     """What a function has taken from where it was defined."""
     contents = []
     for cell in function.__closure__ or ():
@@ -179,12 +165,20 @@ def contents_of(function: FunctionType) -> list:
     return contents
 
 
-def takes_weak_references(kind: type) -> bool:
-    """Whether objects of this kind can be referred to without being kept alive."""
-    return kind.__weakrefoffset__ != 0
+def fields_of(value, kind: type) -> Mapping:
+    """The fields of a record, and of what takes no weak reference; of any other object those that are simple."""
+    if issubclass(kind, RECORDS):
+        return vars(value)
+    if dataclasses.is_dataclass(kind):
+        names = [each.name for each in dataclasses.fields(value)]
+        return getattr(value, "__dict__", {}) | {name: getattr(value, name, None) for name in names}
+    fields = all_fields(value)
+    if takes_weak_references(kind) or kind in weakref.ProxyTypes:
+        return {name: each for name, each in fields.items() if isinstance(each, Tensor) or is_simple(each)}
+    return fields
 
 
-def fields_of(value) -> dict:
+def all_fields(value) -> dict:
     """The fields of any object, those outside of its dictionary included: slots, and what a type of C shows."""
     members = [
         name for kind in type(value).__mro__ for name, each in vars(kind).items() if type(each) is MemberDescriptorType
@@ -192,9 +186,9 @@ def fields_of(value) -> dict:
     return {name: getattr(value, name, None) for name in [*getattr(value, "__dict__", ()), *members]}
 
 
-def simple_fields(value) -> dict:
-    """The fields of any object that are plain values, a container's of them, or tensors; no other one is followed."""
-    return {name: each for name, each in fields_of(value).items() if isinstance(each, Tensor) or is_simple(each)}
+def takes_weak_references(kind: type) -> bool:
+    """Whether objects of this kind can be referred to without being kept alive."""
+    return kind.__weakrefoffset__ != 0
 
 
 def is_simple(value) -> bool:

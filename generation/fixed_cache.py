@@ -63,15 +63,14 @@ class FixedCache(Cache):
 
     def __init__(self, like: Cache, capacity: int):
         self.capacity = capacity
-        shapes = [(buffer_shape(layer.keys), buffer_shape(layer.values)) for layer in like.layers]
-        flat = [shape for pair in shapes for shape in pair]
+        self.shapes = [(buffer_shape(layer.keys), buffer_shape(layer.values)) for layer in like.layers]
+        flat = [shape for pair in self.shapes for shape in pair]
         sample = like.layers[0].keys
         self.stacks = {
             shape: sample.new_zeros(flat.count(shape), len(sample), shape[0], capacity, shape[1], dtype=shape[2])
             for shape in dict.fromkeys(flat)
         }
-        unused = {shape: iter(stack) for shape, stack in self.stacks.items()}
-        super().__init__(layers=[FixedLayer(next(unused[keys]), next(unused[values])) for keys, values in shapes])
+        super().__init__(layers=[FixedLayer(keys, values) for keys, values in self._states_at(0, capacity)])
 
     @property
     def num_bytes(self) -> int:
@@ -87,11 +86,13 @@ class FixedCache(Cache):
         **Effects**: `cache` forgets it, layer by layer, so that nothing is in memory twice.
         """
         self._clear()
-        for layer, source in zip(self.layers, cache.layers, strict=True):
-            end = source.get_seq_length()
-            first = end - source.keys.shape[2]
-            layer.keys[:, :, first:end], layer.values[:, :, first:end] = source.keys, source.values
-            source.keys, source.values = source.keys[:, :, :0].clone(), source.values[:, :, :0].clone()
+        nothing = {shape: stack.new_empty(stack[0, :, :, :0].shape) for shape, stack in self.stacks.items()}
+        ends = [source.get_seq_length() for source in cache.layers]
+        spans = [(end - source.keys.shape[2], end) for end, source in zip(ends, cache.layers, strict=True)]
+        for (keys, values), shapes, source in zip(self._states_in(spans), self.shapes, cache.layers, strict=True):
+            keys.copy_(source.keys)
+            values.copy_(source.values)
+            source.keys, source.values = map(nothing.get, shapes)
 
     def take_over(self, smaller: "FixedCache") -> None:
         """Copies all slots of a cache of a smaller capacity; there is nothing in the others."""
@@ -118,12 +119,22 @@ class FixedCache(Cache):
         **Effects**: overwrites the layers of `cache`.
         """
         num_least = num_tokens if num_least is None else num_least
-        for layer, source in zip(self.layers, cache.layers, strict=True):
-            first = max(0, num_least - source.sliding_window + 1) if source.is_sliding else 0
-            source.keys = layer.keys[:, :, first:num_tokens].to(device, copy=True)
-            source.values = layer.values[:, :, first:num_tokens].to(device, copy=True)
+        firsts = [max(0, num_least - each.sliding_window + 1) if each.is_sliding else 0 for each in cache.layers]
+        states = self._states_in([(first, num_tokens) for first in firsts])
+        for (keys, values), source in zip(states, cache.layers, strict=True):
+            source.keys, source.values = (each.to(device, copy=True) for each in (keys, values))
             if source.is_sliding:
                 source.cumulative_length = num_tokens
+
+    def _states_in(self, spans: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer in its span of slots; slices of whole stacks, of which few are different."""
+        states = {span: self._states_at(*span) for span in set(spans)}
+        return [states[span][index] for index, span in enumerate(spans)]
+
+    def _states_at(self, first: int, end: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each layer in the same slots."""
+        unused = {shape: iter(stack[:, :, :, first:end].unbind()) for shape, stack in self.stacks.items()}
+        return [(next(unused[keys]), next(unused[values])) for keys, values in self.shapes]
 
     def write_at(self, slots: Tensor) -> None:
         """The slots `(B, N)` of what the next forward appends."""

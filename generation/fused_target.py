@@ -5,9 +5,10 @@
     RMSNorm      one kernel instead of six (`fused_norm.py`), with the sum before it (`fused_residual.py`)
     RoPE         one kernel instead of ten (`fused_rope.py`)
     MLP          the gate in one kernel instead of two (`fused_mlp.py`), the draft's as well
+    draft        what its rows remember on a second stream, beside what they ask (`parallel_branches.py`)
 
-All are put in place while a graph is captured, and only then: what a graph has recorded it keeps. Each but the first
-is tried on random numbers before; a model that computes something else runs its own code.
+All are put in place while a graph is captured, and only then: what a graph has recorded it keeps. What replaces code
+of the target's layers is tried on random numbers before; a model that computes something else runs its own code.
 
 Shapes: B batch, N nodes, H heads, G key-value heads, K slots.
 """
@@ -28,6 +29,7 @@ from .fused_residual import fused_residuals
 from .fused_rope import fused_draft_rope, fused_rope
 from .kernels import HALF_PRECISION, can_run_kernels
 from .opaque_ops import tree_attention_op
+from .parallel_branches import parallel_branches
 
 # Names are global, and two versions of this package may be loaded.
 TREE_ATTENTION = f"tree_{re.sub(r'[^0-9A-Za-z]', '_', __name__)}"
@@ -175,9 +177,16 @@ def fused_operations(target: PreTrainedModel, draft: nn.Module) -> Iterator[None
     """While the context is open, what lies between the matrix products of both models takes fewer kernels."""
     with (
         fused_residuals(target),  # before the others: it tries MLPs and norms as they are
-        fused_norms(target, draft),
+        fused_norms(target),
         fused_rope(target),
-        fused_draft_rope(draft),
-        fused_mlps(target, draft),
+        fused_mlps(target),
+        fused_draft_operations(draft),
     ):
+        yield
+
+
+@contextmanager
+def fused_draft_operations(draft: nn.Module) -> Iterator[None]:
+    """As [`fused_operations`], of a draft alone; what its rows remember is computed beside what they ask."""
+    with fused_norms(draft), fused_draft_rope(draft), fused_mlps(draft), parallel_branches(draft):
         yield

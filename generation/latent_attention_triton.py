@@ -3,7 +3,7 @@
 With R > 0 a first kernel moves W_uk into the query. The next splits: a program takes some rows of heads that share
 keys and a contiguous part of the slots of a sequence, and reads a tile of latents once, for scores and for values. The
 last joins the parts and applies W_uv. Each starts while the one before ends, and then waits for what that has written.
-With R = 0 the kernel that splits is that of `latent_rotated_triton.py`.
+With R = 0 the kernel that splits is that of `latent_rotated_triton.py`, or of `latent_pipeline_gluon.py`.
 
 The number of parts is fixed by the cache's capacity, their bounds by the lengths on the device: a part that has
 nothing to do writes nothing, and the joining kernel knows it by the same arithmetic.
@@ -13,14 +13,14 @@ The latent width is never padded where attention is computed. Rows, slots, head 
 Shapes: L slots of a tile, N query rows of a tile, E entries of a chunk of the latent, P parts.
 """
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .latent_parts import Parts, sm_count
+from .latent_pipeline import pipeline_takes, pipelined_parts
 from .latent_rotated_triton import rotated_part_kernel, rotated_tile_bytes, rotated_tile_sizes
 from .latent_tiles_triton import (
     add_to_softmax,
@@ -52,6 +52,29 @@ def attend(
     """See `attend_latents`."""
     query, c_kv, k_rope = (rows_contiguous(tensor) for tensor in (query, c_kv, k_rope))
     w_uk, w_uv = (matrix.to(query.dtype).contiguous() for matrix in (projections.w_uk, projections.w_uv))
+    lengths, scaling, inv_freq = lengths.contiguous(), LOG2_E * scaling, None
+    drafted = drafted_inputs(drafted, lengths)
+    if k_rope.shape[-1] == 0:
+        inv_freq, scaling = projections.inv_freq.contiguous(), scaling * projections.attention_scaling
+    if inv_freq is not None and first is None and pipeline_takes(query, c_kv):
+        parts = pipelined_parts(query, c_kv, w_uk, inv_freq, lengths, scaling, drafted)
+    else:
+        parts = split_parts(query, c_kv, k_rope, w_uk, inv_freq, lengths, scaling, drafted, first)
+    return join_parts(parts, lengths, w_uv, num_slots=c_kv.shape[2]).transpose(1, 2)
+
+
+def split_parts(
+    query: Tensor,
+    c_kv: Tensor,
+    k_rope: Tensor,
+    w_uk: Tensor,
+    inv_freq: Tensor | None,
+    lengths: Tensor,
+    scaling: float,
+    drafted: tuple,
+    first: Tensor | None,
+) -> Parts:
+    """In all other cases; `inv_freq` where R = 0."""
     batch_size, num_heads, num_rows, _ = query.shape
     num_slots, latent_dim = c_kv.shape[2:]
     (num_groups, head_dim, _), rope_dim = w_uk.shape, k_rope.shape[-1]
@@ -64,23 +87,18 @@ def attend(
         tile = absorbed_tile_sizes(group_rows, latent_dim)
         shared_bytes = absorbed_tile_bytes(tile, latent_dim, block_of(rope_dim))
     num_row_tiles = triton.cdiv(group_rows, tile["BLOCK_ROWS"])
-    # Not one program more than run at once: the last few would double the time.
     max_programs = num_programs(query.device, tile["num_warps"], shared_bytes)
-    max_parts = max_programs // (batch_size * num_key_groups * num_row_tiles)
-    num_parts = max(1, min(triton.cdiv(num_slots, tile["BLOCK_SLOTS"]), max_parts))
-    partial = query.new_empty(batch_size, num_parts, num_heads, num_rows, latent_dim, dtype=torch.float32)
-    maxima, totals = query.new_empty(2, *partial.shape[:-1], dtype=torch.float32)
-    lengths = lengths.contiguous()
-    sees, positions, num_drafted = drafted_inputs(drafted, lengths)
-    overlap = {"launch_pdl": True} if query.is_cuda else {}
+    programs_per_part = batch_size * num_key_groups * num_row_tiles
+    parts = Parts.empty(query, c_kv, programs_per_part, tile["BLOCK_SLOTS"], max_programs)
+    sees, positions, num_drafted = drafted
     # What both kernels that split take, in their order.
     arguments = (
         lengths,
         lengths if first is None else first.contiguous(),
-        partial,
-        maxima,
-        totals,
-        LOG2_E * scaling * (projections.attention_scaling if rope_dim == 0 else 1.0),
+        parts.sums,
+        parts.maxima,
+        parts.totals,
+        scaling,
         *query.stride()[:3],
         c_kv.stride(0),
     )
@@ -97,60 +115,41 @@ def attend(
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",
         **tile,
     }
-    grid = num_row_tiles * num_key_groups, num_parts, batch_size
+    grid = num_row_tiles * num_key_groups, parts.sums.shape[1], batch_size
     if rope_dim == 0:
-        inv_freq = projections.inv_freq.contiguous()
         rotated_part_kernel[grid](
             query, c_kv, w_uk, inv_freq, sees, positions, *arguments, KEY_DIM=head_dim // 2, **sizes
         )
-    else:
-        latent_query = absorb_keys(query, w_uk)
-        _absorbed_part_kernel[grid](
-            query,
-            latent_query,
-            c_kv,
-            k_rope,
-            sees,
-            *arguments,
-            k_rope.stride(0),
-            HEAD_DIM=head_dim,
-            ROPE_DIM=rope_dim,
-            K_ROPE_SLOT=k_rope.stride(2),
-            OVERLAPS=bool(overlap),
-            **sizes,
-            **overlap,
-        )
-    heads = join_parts(partial, maxima, totals, lengths, w_uv, num_slots, tile["BLOCK_SLOTS"], max_programs)
-    return heads.transpose(1, 2)
+        return parts
+    latent_query = absorb_keys(query, w_uk)
+    _absorbed_part_kernel[grid](
+        query,
+        latent_query,
+        c_kv,
+        k_rope,
+        sees,
+        *arguments,
+        k_rope.stride(0),
+        HEAD_DIM=head_dim,
+        ROPE_DIM=rope_dim,
+        K_ROPE_SLOT=k_rope.stride(2),
+        OVERLAPS=query.is_cuda,
+        **sizes,
+        **({"launch_pdl": True} if query.is_cuda else {}),
+    )
+    return parts
 
 
-def join_parts(
-    partial: Tensor,
-    maxima: Tensor,
-    totals: Tensor,
-    lengths: Tensor,
-    w_uv: Tensor,
-    num_slots: int,
-    block_slots: int,
-    max_parts: int,
-) -> Tensor:
-    """
-    Values of all parts together, `(B, W, H, d)`.
-
-    Args:
-        partial (`torch.Tensor` of shape `(B, P, H, W, C)`), maxima, totals (`torch.Tensor` of shape `(B, P, H, W)`):
-            Of each part: sums of weighted latents, the largest score, and the sum of the weights.
-        block_slots (`int`): Slots of a tile; parts are whole tiles.
-        max_parts (`int`): The most parts that there are for any capacity.
-    """
-    batch_size, num_parts, num_heads, num_rows, latent_dim = partial.shape
+def join_parts(parts: Parts, lengths: Tensor, w_uv: Tensor, num_slots: int) -> Tensor:
+    """Values of all parts together, `(B, W, H, d)`."""
+    batch_size, num_parts, num_heads, num_rows, latent_dim = parts.sums.shape
     num_groups, head_dim, _ = w_uv.shape
     output = w_uv.new_empty(batch_size, num_rows, num_heads, head_dim)
     block_entries = min(block_of(head_dim), JOINED_ELEMENTS // block_of(latent_dim))
     _join_kernel[num_heads * num_rows, triton.cdiv(head_dim, block_entries), batch_size](
-        partial,
-        maxima,
-        totals,
+        parts.sums,
+        parts.maxima,
+        parts.totals,
         lengths,
         w_uv,
         output,
@@ -163,12 +162,12 @@ def join_parts(
         BLOCK_LATENT=block_of(latent_dim),
         HEAD_DIM=head_dim,
         BLOCK_ENTRIES=block_entries,
-        BLOCK_SLOTS=block_slots,
-        MAX_PARTS=triton.next_power_of_2(max_parts),
+        BLOCK_SLOTS=parts.block_slots,
+        MAX_PARTS=triton.next_power_of_2(parts.max_programs),
         BLOCK_PARTS=JOINED_PARTS,
-        OVERLAPS=partial.is_cuda,
+        OVERLAPS=output.is_cuda,
         num_warps=8,
-        **({"launch_pdl": True} if partial.is_cuda else {}),
+        **({"launch_pdl": True} if output.is_cuda else {}),
     )
     return output
 
@@ -225,11 +224,6 @@ def num_programs(device: torch.device, num_warps: int, shared_bytes: int) -> int
         return CPU_PROGRAMS
     has_room = num_warps == SHARING_WARPS and 2 * (shared_bytes + SCRATCH_BYTES) <= SHARED_BYTES
     return (2 if has_room else 1) * sm_count(device)
-
-
-@functools.cache
-def sm_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def drafted_inputs(drafted, lengths: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -166,17 +166,17 @@ class DraftMemory:
 
         **Effects**: the rows move to the cache.
         """
-        return self._read_all_but(0, draft, target)
+        return self._read_all_but(0, draft, target, logits_to_keep=1)
 
     def read_prompt(self, draft, target: PreTrainedModel) -> None:
         """
-        Lets the draft read what is pending, the roots aside.
+        Lets the draft read what is pending, the roots aside; of these rows is wanted what later ones see, and no more.
 
         **Effects**: the rows move to the cache, whose layers exist from now on, with or without any.
         """
-        self._read_all_but(1, draft, target)
+        self._read_all_but(1, draft, target, logits_to_keep=None)
         if not self.cache.layers:  # nothing but roots
-            self._read(draft, target, self.pending_states, self.pending_tokens)
+            self._read(draft, target, self.pending_states, self.pending_tokens, logits_to_keep=None)
             self.forget_guesses()
 
     def frontier_inputs(self, sees: Tensor) -> dict[str, Tensor]:
@@ -225,16 +225,16 @@ class DraftMemory:
         num_dropped = torch.tensor(self.num_dropped, device=device)[:, None]
         return slots + num_dropped * (slots >= (self.window.sink if self.window else 0))
 
-    def _read_all_but(self, num_left: int, draft, target: PreTrainedModel):
+    def _read_all_but(self, num_left: int, draft, target: PreTrainedModel, logits_to_keep: int | None):
         """Reads the pending rows, chunk by chunk, until so many columns are left; the output of the last chunk."""
         if not self.is_even and max(self.num_rows) == 0 and self.window is None:
-            self._read_all_but_roots(draft, target)
+            self._read_all_but_roots(draft, target, logits_to_keep)
         most, outputs = CHUNK_ROWS if self.window is None else WINDOW_CHUNK_ROWS, None
         while (num_waiting := self.pending_tokens.shape[1] - num_left) > 0:
-            outputs = self._read_next(draft, target, min(num_waiting, most))
+            outputs = self._read_next(draft, target, min(num_waiting, most), logits_to_keep)
         return outputs
 
-    def _read_all_but_roots(self, draft, target: PreTrainedModel) -> None:
+    def _read_all_but_roots(self, draft, target: PreTrainedModel, logits_to_keep: int | None) -> None:
         """
         Reads sequences of different lengths from their first slot on, with causal attention.
 
@@ -246,12 +246,12 @@ class DraftMemory:
         for chunk in rows.split(CHUNK_ROWS, dim=1):
             places = chunk.to(self.pending_states.device)[..., None].expand(-1, -1, self.pending_states.shape[-1])
             states, tokens = self.pending_states.gather(1, places), self.pending_tokens.gather(1, chunk)
-            self._read(draft, target, states, tokens)
+            self._read(draft, target, states, tokens, logits_to_keep=logits_to_keep)
         self.num_rows = [count - 1 for count in self.num_pending]
         self.num_pending = [1] * len(self.num_pending)
         self.pending_states, self.pending_tokens = self.pending_states[:, -1:], self.pending_tokens[:, -1:]
 
-    def _read_next(self, draft, target: PreTrainedModel, num_columns: int):
+    def _read_next(self, draft, target: PreTrainedModel, num_columns: int, logits_to_keep: int | None):
         """Reads the first so many columns of the pending rows."""
         num_later = self.pending_tokens.shape[1] - num_columns
         num_new = [max(0, count - num_later) for count in self.num_pending]
@@ -260,7 +260,7 @@ class DraftMemory:
         is_plain = is_even and self.shows_all(num_columns)
         inputs = {} if is_plain else self._inputs(num_columns, num_new)
         states, tokens = self.pending_states[:, :num_columns], self.pending_tokens[:, :num_columns]
-        outputs = self._read(draft, target, states, tokens, **inputs)
+        outputs = self._read(draft, target, states, tokens, logits_to_keep=logits_to_keep, **inputs)
         if not is_even:
             self._move_to_their_slots(num_columns, num_new)
         self.num_rows = [count + new for count, new in zip(self.num_rows, num_new, strict=True)]
@@ -271,7 +271,7 @@ class DraftMemory:
 
     def _read(self, draft, target: PreTrainedModel, states: Tensor, tokens: Tensor, **inputs):
         embeds = draft.embed(tokens, target)
-        return draft(inputs_embeds=embeds, fused_states=states, past_key_values=self.cache, logits_to_keep=1, **inputs)
+        return draft(inputs_embeds=embeds, fused_states=states, past_key_values=self.cache, **inputs)
 
     def _drop_unseen(self, num_columns: int) -> None:
         """Makes room for so many rows, as soon as they would be more than a chunk beyond what a row sees."""

@@ -8,6 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .chunks import ChunkLimit
+from .modules import modules_of
 from .notices import warn_once
 from .probing import can_branch
 from .rope import ReadingLimits, rope_lengths
@@ -61,7 +62,8 @@ def why_shapes_vary(
     model_kwargs: dict,
 ) -> str | None:
     """Why the rounds of a call cannot have fixed shapes; `None` if they can."""
-    devices = {parameter.device for parameter in target.parameters()} | {draft.device, transcript.input_ids.device}
+    modules = modules_of(target)
+    devices = devices_of(modules) | {draft.device, transcript.input_ids.device}
     unknown = {name for name, value in model_kwargs.items() if value is not None} - KNOWN_INPUTS
     positions, cache = model_kwargs.get("position_ids"), model_kwargs["past_key_values"]
     reasons = {
@@ -81,7 +83,7 @@ def why_shapes_vary(
         "the target's cache is of a kind of its own": type(cache) is not DynamicCache
         or not {type(layer) for layer in cache.layers} <= KNOWN_LAYERS,
         "autocast is on, whose copies of weights end with it": torch.is_autocast_enabled(target.device.type),
-        "the target or the draft has hooks, which a graph would not call": has_hooks(target) or has_hooks(draft),
+        "the target or the draft has hooks, which a graph would not call": has_hooks(modules | modules_of(draft)),
     }
     applying = [reason for reason, applies in reasons.items() if applies]
     if not applying and not can_branch(target):
@@ -89,15 +91,21 @@ def why_shapes_vary(
     return applying[0] if applying else None
 
 
-def has_hooks(model: nn.Module) -> bool:
-    """Whether somebody listens to a model's modules; transformers' own hooks do nothing unless asked."""
+def has_hooks(modules: set[nn.Module]) -> bool:
+    """Whether somebody listens to modules; transformers' own hooks do nothing unless asked."""
     if nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks:
         return True
-    for module in model.modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        if "_hf_hook" in vars(module) or any(not str(hook.__module__).startswith("transformers.") for hook in hooks):
-            return True
-    return False
+    if any("_hf_hook" in vars(module) for module in modules):
+        return True
+    listened = [module for module in modules if module._forward_hooks or module._forward_pre_hooks]
+    hooks = [hook for each in listened for hook in (*each._forward_hooks.values(), *each._forward_pre_hooks.values())]
+    return any(not str(hook.__module__).startswith("transformers.") for hook in hooks)
+
+
+def devices_of(modules: set[nn.Module]) -> set[torch.device]:
+    """Where the parameters of modules are."""
+    parameters = [parameter for module in modules for parameter in module._parameters.values()]
+    return {parameter.device for parameter in parameters if parameter is not None}
 
 
 def give_reason(target: PreTrainedModel, reason: str) -> None:

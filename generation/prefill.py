@@ -54,4 +54,4 @@ def is_padded_left(mask: Tensor | None) -> bool:
     if mask is None:
         return True
     mask = mask.bool().int()  # a difference of booleans is never below 0
-    return bool((mask.diff(dim=1) >= 0).all() and mask[:, -2:].all())
+    return bool((mask.diff(dim=1) >= 0).all() & mask[:, -2:].all())

@@ -206,6 +206,14 @@ def test_variable_of_a_function_is_told_apart(llama):
     assert Fingerprint(llama) != before
 
 
+def test_class_that_a_module_also_holds_is_looked_into(llama):
+    mlp = steer(llama)
+    mlp.kind = type(mlp)
+    before = Fingerprint(llama)
+    mlp.kind.beta = 2.0
+    assert Fingerprint(llama) != before
+
+
 def test_adapter_of_another_scale_has_another_fingerprint(llama):
     peft = pytest.importorskip("peft")
     model = peft.get_peft_model(llama, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
@@ -297,7 +305,7 @@ def test_class_at_the_address_of_a_class_that_is_gone_is_told_apart(llama):
 
 def test_what_a_call_leaves_behind_a_weak_proxy_changes_no_fingerprint(llama):
     draft = make_fixed(llama)
-    llama.draft = weakref.proxy(draft)
+    llama.drafts = [weakref.proxy(draft)]
     prints = []
     for _ in range(2):
         assert_plain_text(llama, draft, make_prompt(6))

@@ -41,6 +41,7 @@ from eagle3_mla.generation.drafting import draft_tree
 from eagle3_mla.generation.fixed_cache import FixedCache
 from eagle3_mla.generation.fixed_memory import FixedMemory
 from eagle3_mla.generation.memory import DraftMemory
+from eagle3_mla.generation.modules import modules_of
 from eagle3_mla.generation.prefill import is_padded_left
 from eagle3_mla.generation.support import TreePlan
 
@@ -601,6 +602,14 @@ def test_log_says_once_why_shapes_vary(llama, reason, caplog, monkeypatch, ways)
         f"Rounds of LlamaForCausalLM are not captured as CUDA graphs: {reason}."
     ]
     assert ways == []
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_all_modules_are_found(name):
+    target = TARGETS[name]()
+    target.again, target.absent = target.lm_head, None
+    target.register_module("no_module", None)
+    assert modules_of(target) == set(target.modules())
 
 
 def test_hooks_autocast_and_targets_without_masks_take_the_other_loop(llama, caplog, monkeypatch, ways):

@@ -97,6 +97,22 @@ def test_rows_read_in_pieces_with_the_cache_equal_rows_read_at_once(fields, kern
     torch.testing.assert_close(torch.cat(pieces, dim=1), draft(embeds, aux).logits, rtol=0, atol=1e-12)
 
 
+@VARIANT
+@torch.no_grad()
+def test_rows_that_are_only_remembered_leave_the_same_cache(fields):
+    draft = make_draft(**fields)
+    embeds, aux = make_rows(9, batch_size=2)
+    cache, read_cache = DynamicCache(), DynamicCache()
+    for part in slice(0, 5), slice(5, 9):
+        draft(embeds[:, part], aux[:, part], past_key_values=read_cache)
+        outputs = draft(embeds[:, part], aux[:, part], past_key_values=cache, logits_to_keep=None)
+        assert (outputs.logits, outputs.states, outputs.past_key_values) == (None, None, cache)
+    assert len(cache.layers) == len(read_cache.layers) == draft.config.num_hidden_layers
+    for layer, read_layer in zip(cache.layers, read_cache.layers, strict=True):
+        assert torch.equal(layer.keys, read_layer.keys)
+        assert torch.equal(layer.values, read_layer.values)
+
+
 @KERNEL
 @MLA_VARIANT
 @torch.no_grad()

@@ -1,0 +1,54 @@
+"""What is left of attention to latents when its slots are split: parts, which a last kernel joins.
+
+Shapes: B batch, P parts, H heads, W rows, C latent.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Parts:
+    """
+    What programs find out, each about some of the slots.
+
+    Args:
+        sums (`torch.Tensor` of shape `(B, P, H, W, C)`): Of weighted latents.
+        maxima, totals (`torch.Tensor` of shape `(B, P, H, W)`): The largest score, and the sum of the weights.
+        block_slots (`int`): Slots of a tile; parts are whole tiles.
+        max_programs (`int`): How many programs run at once: there are never more parts.
+    """
+
+    sums: Tensor
+    maxima: Tensor
+    totals: Tensor
+    block_slots: int
+    max_programs: int
+
+    @classmethod
+    def empty(
+        cls, query: Tensor, c_kv: Tensor, programs_per_part: int, block_slots: int, max_programs: int
+    ) -> "Parts":
+        """
+        Parts to be filled, one for each tile at most.
+
+        Args:
+            query (`torch.Tensor` of shape `(B, H, W, d)`), c_kv (`torch.Tensor` of shape `(B, 1, T, C)`): The inputs.
+            programs_per_part (`int`): For all sequences, heads and rows.
+        """
+        num_slots, latent_dim = c_kv.shape[2:]
+        # Not one program more than run at once: the last few would double the time.
+        num_parts = max(1, min(-(-num_slots // block_slots), max_programs // programs_per_part))
+        batch_size, num_heads, num_rows, _ = query.shape
+        sums = query.new_empty(batch_size, num_parts, num_heads, num_rows, latent_dim, dtype=torch.float32)
+        maxima, totals = query.new_empty(2, *sums.shape[:-1], dtype=torch.float32)
+        return cls(sums, maxima, totals, block_slots, max_programs)
+
+
+@functools.cache
+def sm_count(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count

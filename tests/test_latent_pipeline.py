@@ -1,0 +1,172 @@
+"""The pipeline of attention to latents: what it takes, how it is asked, that it compiles, and that it is right."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_latent_attention import compare_with_kernels, in_double, random_inputs
+
+from eagle3_mla.generation.latent_attention import attend_by_definition
+
+pytest.importorskip("triton")
+from eagle3_mla.generation import latent_attention_triton, latent_pipeline
+
+# As in `test_latent_attention.py`.
+SHAPES = {
+    "one-slot": (1, 32, 8, 1, 256, 0, 128, 1, 1, False),
+    "one-row": (1, 32, 8, 1, 256, 0, 128, 5000, 1, False),
+    "level-of-a-tree": (1, 32, 8, 10, 256, 0, 128, 5000, 60, False),
+    "nothing-drafted": (1, 32, 8, 8, 256, 0, 128, 4096, 0, False),
+    "narrow-latents-and-heads": (2, 16, 4, 7, 64, 0, 64, 700, 21, False),
+    "padded-heads": (3, 8, 8, 30, 128, 0, 96, 333, 30, False),
+    "several-tiles-of-rows": (2, 32, 8, 40, 256, 0, 128, 640, 64, False),
+    "many-sequences": (40, 32, 8, 3, 256, 0, 128, 900, 3, False),
+}
+
+
+class Recorder:
+    """Stands in for a kernel and remembers how it was started."""
+
+    def __getitem__(self, grid):
+        self.grid = grid
+        return self
+
+    def __call__(self, *args, **sizes):
+        self.args, self.sizes = args, sizes
+
+
+@pytest.fixture
+def on_hopper(monkeypatch):
+    """The pipeline takes tensors of the CPU for those of a GPU that it knows."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(latent_pipeline.triton, "__version__", "3.6.1")
+
+
+def latents(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.bfloat16)
+
+
+def test_the_pipeline_takes_what_it_was_tried_with(on_hopper, monkeypatch):
+    query, c_kv = latents(2, 32, 3, 128), latents(2, 1, 500, 256)
+    assert latent_pipeline.pipeline_takes(query, c_kv)
+    assert latent_pipeline.pipeline_takes(query, latents(2, 2, 500, 64)[:, :1])
+    assert not latent_pipeline.pipeline_takes(query, latents(2, 1, 500, 512))
+    assert not latent_pipeline.pipeline_takes(query, latents(2, 1, 500, 96))
+    assert not latent_pipeline.pipeline_takes(latents(2, 32, 3, 32), c_kv)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
+    assert not latent_pipeline.pipeline_takes(query, c_kv)
+
+
+def test_the_pipeline_waits_for_versions_of_triton_that_it_knows(on_hopper, monkeypatch):
+    monkeypatch.setattr(latent_pipeline.triton, "__version__", "3.7.1")
+    assert not latent_pipeline.pipeline_takes(latents(1, 32, 3, 128), latents(1, 1, 500, 256))
+
+
+def test_slots_that_the_device_cannot_copy_by_itself_are_left_to_the_other_kernel(on_hopper):
+    query, wide = latents(2, 32, 3, 128), latents(2, 1, 500, 264)
+    assert latent_pipeline.pipeline_takes(query, wide[..., :256])
+    assert not latent_pipeline.pipeline_takes(query, wide[..., 1:257]), "16 bytes are 8 elements"
+    odd_slots = latents(2, 1, 500, 257)[..., :256]
+    assert not latent_pipeline.pipeline_takes(query, odd_slots)
+    in_pieces = torch.as_strided(latents(200000), (2, 1, 300, 256), (90000, 90000, 256, 1))
+    assert not latent_pipeline.pipeline_takes(query, in_pieces), "a sequence begins within a row of the one before"
+    assert latent_pipeline.pipeline_takes(query, in_pieces[:1]), "one sequence alone is a matrix anyhow"
+
+
+def test_padded_texts_and_other_gpus_have_the_other_kernel(monkeypatch):
+    monkeypatch.setattr(latent_attention_triton, "pipelined_parts", lambda *args: pytest.fail("the pipeline ran"))
+    compare_with_kernels((2, 4, 2, 3, 64, 0, 64, 100, 6, False), torch.float16, "cpu")
+    monkeypatch.setattr(latent_attention_triton, "pipeline_takes", lambda *args: True)
+    compare_with_kernels((2, 4, 2, 3, 64, 0, 64, 100, 6, True), torch.float16, "cpu")
+    compare_with_kernels((2, 4, 2, 3, 64, 32, 64, 100, 6, False), torch.float16, "cpu")
+
+
+def test_the_kernel_is_told_where_the_slots_of_every_sequence_are(monkeypatch):
+    """Caches are parts of longer ones: the rows of a matrix which holds more than their slots."""
+    gluon = pytest.importorskip("eagle3_mla.generation.latent_pipeline_gluon")
+    monkeypatch.setattr(gluon, "pipelined_part_kernel", recorder := Recorder())
+    monkeypatch.setattr(latent_pipeline, "sm_count", lambda device: 132)
+    inputs = random_inputs((3, 16, 4, 10, 64, 0, 64, 500, 20, False), torch.float16)
+    c_kv = inputs["c_kv"].new_zeros(3, 2, 700, 64)[:, 1:, 100:600].copy_(inputs["c_kv"])
+    drafted = latent_attention_triton.drafted_inputs(inputs["drafted"], inputs["lengths"])
+    w_uk, inv_freq = inputs["projections"].w_uk, inputs["projections"].inv_freq
+    parts = latent_pipeline.pipelined_parts(inputs["query"], c_kv, w_uk, inv_freq, inputs["lengths"], 0.5, drafted)
+
+    assert parts.sums.shape == (3, 8, 16, 10, 64), "as many parts as tiles of 64 slots"
+    assert parts.maxima.shape == parts.totals.shape == (3, 8, 16, 10)
+    assert recorder.grid == (4, 8, 3)
+    cache, rows_per_sequence = recorder.args[1], recorder.args[14]
+    assert (cache.shape, cache.strides, cache.block_shape) == ([2 * 1400 + 500, 64], [64, 1], [64, 64])
+    matrix = torch.as_strided(c_kv, cache.shape, cache.strides)
+    for sequence in range(3):
+        rows = matrix[sequence * rows_per_sequence :][:500]
+        torch.testing.assert_close(rows, c_kv[sequence, 0], rtol=0, atol=0, equal_nan=True)
+
+
+def test_no_more_programs_are_started_than_run_at_once(monkeypatch):
+    gluon = pytest.importorskip("eagle3_mla.generation.latent_pipeline_gluon")
+    monkeypatch.setattr(gluon, "pipelined_part_kernel", recorder := Recorder())
+    monkeypatch.setattr(latent_pipeline, "sm_count", lambda device: 132)
+    for num_rows, batch_size, num_parts in ((1, 1, 16), (17, 1, 8), (1, 8, 2), (1, 40, 1)):
+        query, c_kv = latents(batch_size, 32, num_rows, 128), latents(batch_size, 1, 3000, 256)
+        lengths = torch.full((batch_size,), 3000, dtype=torch.int32)
+        drafted = latent_attention_triton.drafted_inputs(None, lengths)
+        latent_pipeline.pipelined_parts(query, c_kv, latents(8, 128, 256), torch.ones(64), lengths, 1.0, drafted)
+        assert recorder.grid == (8 * -(-4 * num_rows // 64), num_parts, batch_size)
+
+
+def test_the_kernel_compiles_for_hopper():
+    """There need not be one: what is found here is that Gluon has changed, or that tiles have outgrown the GPU."""
+    pytest.importorskip("eagle3_mla.generation.latent_pipeline_gluon")
+    program = Path(__file__).with_name("compile_pipeline.py")
+    # In a process of its own: in this one Triton's interpreter has taken the functions of other kernels.
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    ran = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    kernels = [line.split() for line in ran.stdout.splitlines()]
+    assert len(kernels) == 3
+    for num_products, shared_bytes in kernels:
+        assert int(num_products) > 0
+        assert int(shared_bytes) <= 227 * 1024
+
+
+@pytest.fixture
+def pipeline():
+    """Skips where it does not run."""
+    query = torch.zeros(1, 32, 1, 128, dtype=torch.bfloat16, device="cuda")
+    if not latent_pipeline.pipeline_takes(query, torch.zeros(1, 1, 64, 256, dtype=torch.bfloat16, device="cuda")):
+        pytest.skip("the pipeline runs on Hopper, and with versions of Triton that it knows")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_pipeline_computes_the_definition(pipeline, monkeypatch, shape, dtype):
+    monkeypatch.setattr(latent_attention_triton, "split_parts", lambda *args: pytest.fail("the other kernel ran"))
+    compare_with_kernels(SHAPES[shape], dtype, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_other_kernel_computes_it_too(monkeypatch, shape):
+    monkeypatch.setattr(latent_attention_triton, "pipeline_takes", lambda *args: False)
+    compare_with_kernels(SHAPES[shape], torch.bfloat16, "cuda")
+
+
+@pytest.mark.gpu
+def test_the_pipeline_is_as_exact_far_into_a_text(pipeline):
+    """Angles are turned from tile to tile, 1,600 times for the last of these."""
+    inputs = random_inputs((33, 8, 4, 1, 64, 0, 64, 102400, 1, False), torch.bfloat16, "cuda")
+    inputs["c_kv"] = inputs["c_kv"].nan_to_num()
+    some = {name: inputs[name][:2] for name in ("query", "c_kv", "k_rope", "lengths")}
+    some["drafted"] = replace(
+        inputs["drafted"], **{n: getattr(inputs["drafted"], n)[:2] for n in ("sees", "positions")}
+    )
+    expected = attend_by_definition(**in_double(inputs | some))
+    output = latent_attention_triton.attend(*inputs.values())[:2].double()
+    assert (output - expected).abs().max() <= 1.6e-2 * expected.abs().max().clamp(min=0.5)
