@@ -6,10 +6,11 @@ beginning what it has learned in the warm-up. Greedy, on the same held-out promp
 length, so that plain generation with a static cache compiles once. Counted are emitted tokens, end of sequence
 included, padding not; seconds are those of `generate()`, prompt included, after a warm-up. In brackets: the ratio to
 plain generation, static and compiled; the ratio of a row is their mean. In half precision a forward over one token and
-one over a tree round differently, so that texts may part; the last column counts those that did not. The twin's
-vocabulary is small: the rows that say "computed" add the time of reading what a vocabulary of 128256 (head: 32000)
-adds to `lm_head` of target and head, at the measured bandwidth of a copy, to the measured seconds; nothing else in
-them differs.
+one over a tree round differently, so that texts may part; "equal texts" are those that did not. The last column is
+what the warm-up before took, compilation and captures included: one batch for plain generation, all of them for ours,
+whose buffers have several sizes. The twin's vocabulary is small: the rows that say "computed" add the time of reading
+what a vocabulary of 128256 (head: 32000) adds to `lm_head` of target and head, at the measured bandwidth of a copy, to
+the measured seconds; nothing else in them differs.
 
     python benchmarks/speedup.py --target <target> --draft <head> --prompts <held-out.jsonl>
 """
@@ -134,12 +135,12 @@ class Pair:
         ends = self.target.generation_config.eos_token_id
         return ends if isinstance(ends, list) else [] if ends is None else [ends]
 
-    def measure(self, way: str, batches: dict[str, list[list[torch.Tensor]]], length: int) -> Tallies:
-        """All batches of all sources, after a warm-up: of all for ours, which has buffers of several sizes."""
-        warm_ups = [batch for each in batches.values() for batch in each]
-        for batch in warm_ups if way in OURS else warm_ups[:1]:
-            self.run(way, batch, length)
-        return {source: add(self.run(way, batch, length) for batch in each) for source, each in batches.items()}
+    def measure(self, way: str, batches: dict[str, list[list[torch.Tensor]]], length: int) -> tuple[Tallies, float]:
+        """All batches of all sources, and the seconds of a warm-up before: of all, too, for ours."""
+        every = [batch for each in batches.values() for batch in each]
+        warm_up = add(self.run(way, batch, length) for batch in (every if way in OURS else every[:1]))
+        tallies = {source: add(self.run(way, batch, length) for batch in each) for source, each in batches.items()}
+        return tallies, warm_up.seconds
 
     def extra_bytes(self, way: str) -> int:
         """Bytes that a call of the target would read more with large vocabularies, the drafting before it included."""
@@ -298,7 +299,7 @@ def main() -> None:
     prompts = fitting_prompts(arguments, tokenizer)
     pair = load_pair(arguments, tokenizer)
     bandwidth = copy_bandwidth(2**24 if arguments.small else 2**31, str(pair.target.device))
-    columns = ["way", "batch", "tokens/s", "ratio", "acceptance length", *prompts, "equal texts"]
+    columns = ["way", "batch", "tokens/s", "ratio", "acceptance length", *prompts, "equal texts", "warm-up, s"]
     note = describe(arguments, pair.tree, bandwidth)
     found: dict[int, dict[str, Tallies]] = defaultdict(dict)
     rows: dict[tuple[int, str], list[list[str]]] = {}
@@ -312,14 +313,16 @@ def main() -> None:
         torch.cuda.empty_cache()
         batches = batches_of(prompts, batch_size, arguments.num_samples)
         try:
-            tallies = found[batch_size][way] = pair.measure(way, batches, arguments.prompt_length)
+            tallies, warm_up = pair.measure(way, batches, arguments.prompt_length)
         except RuntimeError as error:  # one way must not cost the others their rows
             traceback.print_exc()
             rows[batch_size, way] = [[WAYS[way], str(batch_size), f"failed: {type(error).__name__}"]]
         else:
+            found[batch_size][way] = tallies
             extra = tuple(pair.extra_bytes(each) / bandwidth for each in (way, PLAIN_STATIC))
             plain = found[batch_size].get(PLAIN_STATIC)
-            rows[batch_size, way] = table_rows(way, batch_size, tallies, plain, extra)
+            measured = table_rows(way, batch_size, tallies, plain, extra)
+            rows[batch_size, way] = [[*row, f"{warm_up:.1f}"] for row in measured]
         for row in rows[batch_size, way]:
             print(*row, sep=" | ", flush=True)
         in_order = [row for job in sorted(rows, key=lambda job: (job[0], TRIED.index(job[1]))) for row in rows[job]]

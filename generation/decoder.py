@@ -33,6 +33,7 @@ from .probing import can_branch
 from .ragged import RaggedTexts
 from .rope import ReadingLimits, check_omitted, check_reread
 from .runtime import decode_at_fixed_shapes, slots_of
+from .shelf import forget_elsewhere
 from .sizing import ConstantSize, TreeSizer, sizes_for
 from .support import TreePlan, check_call, draft_window, may_differ_in_length, pad_token, tree_plan
 from .timing import CallTimes
@@ -130,6 +131,7 @@ def decode(
 
     **Effects**: fills `transcript`, `traces` and `stats`.
     """
+    forget_elsewhere(draft)
     captured = draft.capture_fused_states(target)
     beginning = Beginning.of_call(draft, model_kwargs["past_key_values"], transcript.input_ids, transcript.num_omitted)
     with captured, stats.times.prefill:

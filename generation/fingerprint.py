@@ -7,10 +7,11 @@ seen are global variables, and what lies deeper in objects of other kinds.
 """
 
 import dataclasses
+import gc
 import weakref
 from collections.abc import Mapping
 from functools import lru_cache, partial
-from types import FunctionType, MethodType, SimpleNamespace
+from types import FunctionType, MappingProxyType, MemberDescriptorType, MethodType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from transformers import PreTrainedConfig
 
 PLAIN = {bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size}
 TENSORS = {Tensor, nn.Parameter}
-CONTAINERS = (tuple, list, set, frozenset, dict)
+MAPPINGS = (dict, MappingProxyType)
+CONTAINERS = (tuple, list, set, frozenset, *MAPPINGS)
 # Objects that are nothing but their fields.
 RECORDS = (PreTrainedConfig, SimpleNamespace)
 # What PyTorch keeps in every module: tensors and submodules are looked at by themselves, hooks in `obstacles.py`.
@@ -31,25 +33,28 @@ class Fingerprint:
     """
     Equal to another one if, and only if, the models are the same and compute alike, as far as can be seen.
 
-    What can be referred to weakly is not kept alive; the reference stays, so that nothing new, which may lie at the
-    same address, is taken for what is gone.
+    Nothing is kept alive that may refer to a model. Weak references stay, so that nothing new, which may lie at the
+    same address, is taken for what is gone; what takes none is followed into all of its fields.
 
     Args:
         model (`nn.Module`): The model, as it is now.
     """
 
     def __init__(self, model: nn.Module):
-        self._references, self._parts, self._seen = [], [], set()
-        self._modules, self._tensors, self._classes = [], [], set()
+        self._references, self._parts = [], []
+        self._seen: dict[int, int] = {}  # what has been met, by its address, and as which
+        self._kinds: dict[type, None] = {}
+        self._functions, self._modules, self._tensors, self._classes = [], [], [], set()
         values = [model]
         while values:
             values = self._add_all(values)
-        references = list(map(weakref.ref, [*self._modules, *self._tensors]))
+        noted = [*self._kinds, *self._functions, *self._modules, *self._tensors]
+        references = list(map(weakref.ref, noted))
         self._references += references
         self._parts += [*map(id, references), *places_of(self._tensors)]
         self._parts = tuple(self._parts)
         self._hash = hash(self._parts)
-        del self._seen, self._modules, self._tensors, self._classes
+        del self._seen, self._kinds, self._functions, self._modules, self._tensors, self._classes
 
     def __eq__(self, other) -> bool:
         return isinstance(other, Fingerprint) and self._parts == other._parts
@@ -60,7 +65,8 @@ class Fingerprint:
     def _add_all(self, values: list) -> list:
         """Notes values; returns what is in those of them that have not been noted before."""
         kinds, contents = tuple(map(type, values)), []
-        self._parts.append(kinds)  # 1 and 1.0 are equal
+        self._kinds |= dict.fromkeys(kinds)
+        self._parts.append(tuple(map(id, kinds)))  # 1 and 1.0 are equal
         for value, kind in zip(values, kinds, strict=True):
             if kind in PLAIN:
                 self._parts.append(value)
@@ -73,24 +79,28 @@ class Fingerprint:
         return contents
 
     def _is_new(self, value, kind: type) -> bool:
-        """Notes which object this is, unless it is a container; whether its contents have not been noted yet."""
+        """Notes which object this is, a container by its place; whether its contents have not been noted yet."""
+        is_new = self._meets(value)
         if not issubclass(kind, CONTAINERS):
-            try:
-                reference = weakref.ref(value)  # one and the same as long as there is one to the object
-            except TypeError:
-                reference = value
-            self._references.append(reference)
+            # There is one reference to an object, as long as there is any.
+            reference = weakref.ref(value) if takes_weak_references(kind) else value
             self._parts.append(id(reference))
-        is_new = id(value) not in self._seen
-        self._seen.add(id(value))
+            if reference is not value or not gc.is_tracked(value):  # what is not tracked refers to nothing
+                self._references.append(reference)
+        elif not is_new:
+            self._parts.append(self._seen[id(value)])
         return is_new
+
+    def _meets(self, value) -> bool:
+        """Whether for the first time."""
+        place = len(self._seen)
+        return self._seen.setdefault(id(value), place) == place
 
     def _add_module(self, module: nn.Module, kind: type) -> list:
         """Notes the names of what is in a module, and its class; returns what is in it."""
         self._modules.append(module)
-        if id(module) in self._seen:
+        if not self._meets(module):
             return []
-        self._seen.add(id(module))
         if kind not in self._classes:
             self._add_classes(kind)
         fields = vars(module)
@@ -107,7 +117,7 @@ class Fingerprint:
                 fields = vars(base).items()
                 plain = {name: value for name, value in fields if type(value) in PLAIN and name not in UNREAD}
                 functions = [value for _, value in fields if type(value) is FunctionType]
-                self._references += functions
+                self._functions += functions
                 self._parts += [tuple(plain), *map(type, plain.values()), *plain.values(), *map(id, functions)]
 
     def _add_object(self, value, kind: type) -> list:
@@ -138,9 +148,9 @@ def contents_of(value, kind: type) -> list:
         return [getattr(value, name) for name in value.__tensor_flatten__()[0]]
     if issubclass(kind, type):
         return []
-    if issubclass(kind, CONTAINERS) and not issubclass(kind, dict):
+    if issubclass(kind, CONTAINERS) and not issubclass(kind, MAPPINGS):
         return list(value)
-    fields = value if issubclass(kind, dict) else fields_of(value, kind)
+    fields = value if issubclass(kind, MAPPINGS) else fields_of(value, kind)
     return [*fields.keys(), *fields.values()]
 
 
@@ -156,31 +166,34 @@ def enclosed_by(function: FunctionType) -> list:
 
 
 def fields_of(value, kind: type) -> Mapping:
-    """The fields of a record; of any other object those that are simple."""
+    """The fields of a record, and of what takes no weak reference; of any other object those that are simple."""
     if issubclass(kind, RECORDS):
         return vars(value)
     if dataclasses.is_dataclass(kind):
         names = [each.name for each in dataclasses.fields(value)]
         return getattr(value, "__dict__", {}) | {name: getattr(value, name, None) for name in names}
-    return simple_fields(value)
+    fields = all_fields(value)
+    if takes_weak_references(kind) or kind in weakref.ProxyTypes:
+        return {name: each for name, each in fields.items() if isinstance(each, Tensor) or is_simple(each)}
+    return fields
 
 
-def simple_fields(value) -> dict:
-    """The fields of any object that are plain values, a container's of them, or tensors; no other one is followed."""
-    names = [*getattr(value, "__dict__", ()), *(name for kind in type(value).__mro__ for name in slot_names(kind))]
-    fields = {name: getattr(value, name, None) for name in names}
-    return {name: each for name, each in fields.items() if isinstance(each, Tensor) or is_simple(each)}
+def all_fields(value) -> dict:
+    """The fields of any object, those outside of its dictionary included: slots, and what a type of C shows."""
+    members = [
+        name for kind in type(value).__mro__ for name, each in vars(kind).items() if type(each) is MemberDescriptorType
+    ]
+    return {name: getattr(value, name, None) for name in [*getattr(value, "__dict__", ()), *members]}
 
 
-def slot_names(kind: type) -> tuple[str, ...]:
-    """Names of the fields that a class keeps outside of a dictionary."""
-    slots = vars(kind).get("__slots__", ())
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+def takes_weak_references(kind: type) -> bool:
+    """Whether objects of this kind can be referred to without being kept alive."""
+    return kind.__weakrefoffset__ != 0
 
 
 def is_simple(value) -> bool:
     """Whether it is a plain value, or a container of such."""
-    if isinstance(value, dict):
+    if isinstance(value, MAPPINGS):
         return PLAIN.issuperset(map(type, value.values()))
     return type(value) in PLAIN or (isinstance(value, CONTAINERS) and PLAIN.issuperset(map(type, value)))
 

@@ -104,7 +104,9 @@ class FixedCache(Cache):
         for stack in self.stacks.values():
             stack.zero_()
 
-    def give_back(self, cache: Cache, num_tokens: int, num_least: int | None = None) -> None:
+    def give_back(
+        self, cache: Cache, num_tokens: int, num_least: int | None = None, device: torch.device | None = None
+    ) -> None:
         """
         Fills `cache`, from which `load` took, with the first `num_tokens` slots: what plain generation leaves there.
 
@@ -112,6 +114,7 @@ class FixedCache(Cache):
             cache (`Cache`): The target's.
             num_tokens (`int`): Slots of the longest sequence.
             num_least (`int`, *optional*): Slots of the shortest, whose windows must be there, too; `None`: as many.
+            device (`torch.device`, *optional*): Where they are put; `None`: where the buffers are.
 
         **Effects**: overwrites the layers of `cache`.
         """
@@ -119,7 +122,7 @@ class FixedCache(Cache):
         firsts = [max(0, num_least - each.sliding_window + 1) if each.is_sliding else 0 for each in cache.layers]
         states = self._states_in([(first, num_tokens) for first in firsts])
         for (keys, values), source in zip(states, cache.layers, strict=True):
-            source.keys, source.values = keys.clone(), values.clone()
+            source.keys, source.values = (each.to(device, copy=True) for each in (keys, values))
             if source.is_sliding:
                 source.cumulative_length = num_tokens
 

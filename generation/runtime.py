@@ -6,11 +6,12 @@ launch of a captured graph. Where shapes cannot be fixed (`obstacles.py`), or a 
 """
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .fixed_rounds import FixedRounds, tree_size
@@ -66,15 +67,33 @@ def decode_at_fixed_shapes(
         go_on = follow_the_device if device_can_choose(texts) else choose_on_the_host
         try:
             is_finished = go_on(shelf, sizes, texts, stats)
+            shelf.buffers.memory.give_back(memory)
         except BaseException:  # the cache may be the caller's
-            shelf.buffers.cache.give_back(prefill.cache, texts.transcript.num_kept_slots)
+            give_back(shelf, prefill.cache, texts.transcript.num_kept_slots)
             raise
         if is_finished:
-            shelf.buffers.cache.give_back(prefill.cache, texts.transcript.num_kept_slots)
+            give_back(shelf, prefill.cache, texts.transcript.num_kept_slots)
         else:
             give_back_unfinished(shelf, target, texts, num_read, model_kwargs)
-        shelf.buffers.memory.give_back(memory)
         return is_finished
+
+
+def give_back(shelf: Shelf, cache: Cache, num_tokens: int, num_least: int | None = None) -> None:
+    """
+    Fills the target's cache, see [`FixedCache.give_back`], the last thing for which the buffers are needed.
+
+    Where the device has no room for the text beside them, it waits on the host until they are gone. Views would not
+    do: the layers lie in one tensor, which the first to be copied, in the next forward, would find in memory, too.
+
+    **Effects**: overwrites the layers of `cache`; `shelf` may have no buffers afterwards.
+    """
+    with suppress(torch.OutOfMemoryError):
+        shelf.buffers.cache.give_back(cache, num_tokens, num_least)
+        return
+    shelf.buffers.cache.give_back(cache, num_tokens, num_least, torch.device("cpu"))
+    shelf.let_go()
+    for layer in cache.layers:
+        layer.prefetch()  # to the device of before
 
 
 def give_back_unfinished(
@@ -86,7 +105,7 @@ def give_back_unfinished(
     **Effects**: the target's cache and `model_kwargs` are those of the longest sequence.
     """
     cache, num_read = model_kwargs["past_key_values"], slots_of(texts) - 1
-    shelf.buffers.cache.give_back(cache, num_read, min(texts.lengths or [num_read]))
+    give_back(shelf, cache, num_read, min(texts.lengths or [num_read]))
     outputs, num_new = CausalLMOutputWithPast(past_key_values=cache), num_read - num_before
     if num_new > 0:
         model_kwargs |= target._update_model_kwargs_for_generation(outputs, model_kwargs, num_new_tokens=num_new)

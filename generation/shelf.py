@@ -190,6 +190,11 @@ class Shelf:
         self.buffers.take_over(before)
         return True
 
+    def let_go(self) -> None:
+        """Gives back the memory of the buffers in use; there are none any more."""
+        self.kept.pop(self.current_key, None)
+        self.current, self.uncaptured = None, {}
+
     def rounds(self, size: TreePlan) -> FixedRounds | None:
         """Rounds of this size on the buffers; `None`, and a line in the log, if they cannot be captured."""
         if size in self.current.rounds:
@@ -314,6 +319,17 @@ class Shelf:
 
     def _new_rounds(self, size: TreePlan) -> FixedRounds:
         return FixedRounds(self.buffers, self.target, self.draft, size, self.warpers, self.prefill.cache, self.ends)
+
+
+def forget_elsewhere(draft) -> None:
+    """
+    Lets go what is kept of a draft on devices that it has left.
+
+    A turn there may be at it, or at all that is kept there: so nothing is emptied, and no entry goes.
+    """
+    for device, sets in list(_kept.items()):
+        if device != draft.device and draft in sets:
+            sets[draft] = OrderedDict()
 
 
 def can_capture(device: torch.device) -> bool:

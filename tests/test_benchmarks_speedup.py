@@ -43,6 +43,23 @@ def test_ratios_are_to_plain_generation_with_the_same_vocabulary(speedup):
     assert alone[1:] == ["1", "200", "", "3.00", "200", "200", ""]
 
 
+@pytest.mark.parametrize(("way", "num_calls"), [("plain-static", 1), ("ours-captured", 3)])
+def test_seconds_of_a_warm_up_are_counted_apart(speedup, way, num_calls, monkeypatch):
+    """Compilation is the first call's; ours captures once for each size of its buffers."""
+    seen = []
+
+    def run(pair, way, prompts, length):
+        seen.append(prompts)
+        return speedup.Tally(tokens=1, seconds=100.0 if len(seen) <= num_calls else 1.0)
+
+    monkeypatch.setattr(speedup.Pair, "run", run)
+    pair = speedup.Pair(None, None, speedup.TreeShape(), 8, 0)
+    tallies, warm_up = pair.measure(way, {"a": [["first"], ["second"]], "b": [["third"]]}, 4)
+    assert warm_up == 100.0 * num_calls
+    assert {source: tally.seconds for source, tally in tallies.items()} == {"a": 2.0, "b": 1.0}
+    assert len(seen) == num_calls + 3
+
+
 def test_plain_generation_is_measured_before_what_is_compared_with_it(speedup):
     jobs = speedup.jobs_of(list(speedup.TRIED), [1, 8])
     assert sorted(jobs) == sorted((size, way) for size in (1, 8) for way in speedup.TRIED)
@@ -68,7 +85,7 @@ def test_a_tiny_twin_says_the_same_texts(speedup, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["speedup.py", "--small", *models, *sizes, *tree, *ways])
     speedup.main()
     table = read_table(output)
-    assert table[0][5:] == ["first", "second", "equal texts"]
+    assert table[0][5:] == ["first", "second", "equal texts", "warm-up, s"]
     assert len(table) == 1 + 2 * 2
-    assert {row[-1] for row in table[1:]} == {"2 of 2"}
+    assert {row[-2] for row in table[1:]} == {"2 of 2"}
     assert float(table[3][4]) > 1

@@ -5,7 +5,7 @@ import gc
 import weakref
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import pytest
 import torch
@@ -65,7 +65,8 @@ class Steered(nn.Module):
         self.block, self.alpha, self.vector = block, None, 3 * torch.randn(32)
         self.settings, self.plain_object = Settings([1.0, 2.0], {"layer": 1}), SimpleNamespace(alpha=1)
         self.pair, self.dtype, self.scale, self.function = (1, [2]), torch.float32, 1, partial(torch.add, alpha=1)
-        self.hidden = [nn.ReLU()]
+        self.hidden, self.constants = [nn.ReLU()], {"low": [1.0], "high": [2.0]}
+        self.constant = self.constants["low"]
 
     def forward(self, states):
         states = self.block(states)
@@ -85,10 +86,15 @@ class SlottedSettings:
 
 
 class SlottedControl:
-    __slots__ = ("alpha",)
+    """Takes no weak reference."""
 
-    def __init__(self):
-        self.alpha = 1.0
+    __slots__ = ("__hidden", "alpha", "held")
+
+    def __init__(self, held=None):
+        self.alpha, self.__hidden, self.held = 1.0, 1.0, held
+
+    def hide(self, value):
+        self.__hidden = value
 
 
 def steer(target) -> Steered:
@@ -96,6 +102,10 @@ def steer(target) -> Steered:
     layer.mlp = type("OwnSteered", (Steered,), {"beta": 1.0})(layer.mlp)
     layer.mlp.control, layer.mlp.slotted_control = Control(), SlottedControl()
     layer.mlp.slotted_settings = SlottedSettings()
+    layer.mlp.slotted_control.held = SlottedControl(nn.ReLU())
+    layer.mlp.steps = nn.Sequential(nn.ReLU(), nn.GELU(), nn.ReLU())
+    layer.mlp.window, layer.mlp.order = slice(0, 4), range(4)
+    layer.mlp.read_only = MappingProxyType(layer.mlp.constants)
     return layer.mlp
 
 
@@ -118,6 +128,17 @@ CHANGES = {
     "dict in an object": lambda target: target.model.layers[1].mlp.control.strengths.update(all=2.0),
     "slots of an object": lambda target: setattr(target.model.layers[1].mlp.slotted_control, "alpha", 2.0),
     "slots of a dataclass": lambda target: setattr(target.model.layers[1].mlp.slotted_settings, "strength", 2.0),
+    "hidden slot of an object": lambda target: target.model.layers[1].mlp.slotted_control.hide(2.0),
+    "slots of an object in slots": lambda target: setattr(target.model.layers[1].mlp.slotted_control.held, "alpha", 2),
+    "module in slots": lambda target: target.model.layers[1].mlp.slotted_control.held.held.eval(),
+    "another object in slots": lambda target: setattr(
+        target.model.layers[1].mlp.slotted_control, "held", SlottedControl(nn.ReLU())
+    ),
+    "slice": lambda target: set_field(target, "window", slice(0, 5)),
+    "range": lambda target: set_field(target, "order", range(5)),
+    "mapping that is read only": lambda target: set_field(target, "read_only", MappingProxyType({"low": 1.0})),
+    "another of two lists": lambda target: set_field(target, "constant", target.model.layers[1].mlp.constants["high"]),
+    "class of a module": lambda target: setattr(target.model.layers[1].mlp.steps[2], "__class__", nn.GELU),
     "class": lambda target: setattr(type(target.model.layers[1].mlp), "beta", 2.0),
     "function of a class": lambda target: setattr(type(target.model.layers[1].mlp), "helper", lambda self: 1),
     "another object": lambda target: set_field(target, "control", Control()),
@@ -218,6 +239,78 @@ def test_fingerprint_keeps_no_model():
     gc.collect()
     assert [model() for model in models] == [None, None]
     assert len(set(kept)) == 2
+
+
+@dataclass(slots=True)
+class SlottedReference:
+    model: nn.Module
+
+
+# Objects that take no weak reference, each around a model.
+HOLDERS = {
+    "slots": SlottedControl,
+    "slots of a dataclass": SlottedReference,
+    "namespace": lambda model: SimpleNamespace(model=model),
+    "mapping that is read only": lambda model: MappingProxyType({"model": model}),
+    "slice": lambda model: slice(0, model),
+    "method of C": lambda model: model.__str__.__call__,
+    "iterator": lambda model: iter([model]),
+    "exception": lambda model: ValueError(model),
+}
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+def test_what_takes_no_weak_reference_keeps_no_model(hold):
+    """As the value of a dictionary with weak keys it would keep its own key."""
+    target = TARGETS["llama"]().eval()
+    target.holder = hold(target)
+    with pytest.raises(TypeError, match="weak reference"):
+        weakref.ref(target.holder)
+    kept, model = Fingerprint(target), weakref.ref(target)
+    assert Fingerprint(target) == kept
+    del target
+    gc.collect()
+    assert model() is None
+
+
+def test_class_that_refers_to_a_model_keeps_it_not():
+    """Its functions have taken the model from where they were defined."""
+
+    def close_over(target) -> type:
+        class Closed(nn.Module):
+            def forward(self, states):
+                return target.model.norm(states)
+
+        return Closed
+
+    target = TARGETS["llama"]().eval()
+    target.model.layers[1].mlp = close_over(target)()
+    kept, model = Fingerprint(target), weakref.ref(target)
+    assert Fingerprint(target) == kept
+    del target
+    gc.collect()
+    assert model() is None
+
+
+def test_class_at_the_address_of_a_class_that_is_gone_is_told_apart(llama):
+    prints, addresses = set(), set()
+    for _ in range(20):
+        llama.model.layers[1].helper = type("Helper", (), {})()
+        addresses.add(id(type(llama.model.layers[1].helper)))
+        prints.add(Fingerprint(llama))
+        del llama.model.layers[1].helper
+        gc.collect()
+    assert len(prints) == 20
+
+
+def test_what_a_call_leaves_behind_a_weak_proxy_changes_no_fingerprint(llama):
+    draft = make_fixed(llama)
+    llama.drafts = [weakref.proxy(draft)]
+    prints = []
+    for _ in range(2):
+        assert_plain_text(llama, draft, make_prompt(6))
+        prints.append(Fingerprint(llama))
+    assert prints[0] == prints[1]
 
 
 def plain_target(name: str):

@@ -34,6 +34,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     StoppingCriteria,
 )
+from transformers.cache_utils import DynamicLayer
 
 from eagle3_mla.generation import capture, fixed_rounds, obstacles, ragged, runtime, shelf, turns
 from eagle3_mla.generation.drafting import draft_tree
@@ -187,6 +188,66 @@ def test_text_goes_on_where_there_is_no_memory_for_longer_buffers(name, setting,
     assert [message.split(": ")[1] for message in caplog.messages if "not captured" in message] == [
         "the device has no memory for 96 slots a sequence."
     ]
+
+
+@pytest.fixture
+def is_alone(monkeypatch) -> list[bool]:
+    """Of a device with no room for a text beside its buffers: whether layers that come back to it found them gone."""
+    give_back, new, made, is_alone = FixedCache.give_back, shelf.Shelf._new, [], []
+
+    def watched(self, capacity):
+        buffers = new(self, capacity)
+        made.append(weakref.ref(buffers.cache))
+        return buffers
+
+    def give_back_elsewhere(self, cache, num_tokens, num_least=None, device=None):
+        if device is None:
+            cache.layers[0].keys = torch.empty(0)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        give_back(self, cache, num_tokens, num_least, device)
+
+    monkeypatch.setattr(shelf, "LEAST_CAPACITY", 64)
+    monkeypatch.setattr(shelf, "can_capture", lambda device: True)
+    monkeypatch.setattr(shelf, "memory_of", lambda device: 2**40)
+    monkeypatch.setattr(fixed_rounds.FixedRounds, "capture", lambda *given: None)
+    monkeypatch.setattr(shelf.Shelf, "_new", watched)
+    monkeypatch.setattr(FixedCache, "give_back", give_back_elsewhere)
+    monkeypatch.setattr(DynamicLayer, "prefetch", lambda layer: is_alone.append(made[-1]() is None))
+    return is_alone
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3-window-8"])
+@pytest.mark.parametrize("prompts", PROMPTS)
+@pytest.mark.parametrize("most_slots", [64, 128], ids=["text-outgrows-buffers", "text-fits"])
+def test_cache_is_given_back_where_there_is_no_memory_for_it_beside_its_buffers(
+    name, prompts, most_slots, monkeypatch, ways, is_alone
+):
+    new = shelf.Shelf._new
+
+    def new_if_small(self, capacity):
+        if capacity > most_slots:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return new(self, capacity)
+
+    monkeypatch.setattr(shelf.Shelf, "_new", new_if_small)
+    target = TARGETS[name]().eval().double()
+    draft, prompt = make_fixed(target).double(), make_prompts(*PROMPTS[prompts])
+    for _ in range(2):
+        assert_same_call(target, draft, prompt, do_sample=False, max_new_tokens=60)
+    assert ways == ["device"] * 2
+    assert is_alone == [True] * 2 * target.config.num_hidden_layers
+
+
+def test_cache_of_a_broken_call_is_given_back_where_there_is_no_memory_for_it_beside_its_buffers(llama, is_alone):
+    prompt, draft, cache = make_prompt(6), make_fixed(llama), DynamicCache(config=llama.config)
+    _, plain, _ = call(llama, prompt, do_sample=False)
+    settings = {"streamer": Recorder(fails_at=9), "past_key_values": cache, "do_sample": False}
+    with pytest.raises(ZeroDivisionError):
+        call(llama, prompt, assistant_model=draft, **settings)
+    assert len(is_alone) == len(cache.layers)
+    assert cache.get_seq_length() > 6
+    plain.crop(cache.get_seq_length() - plain.get_seq_length())
+    assert_same_cache(cache, plain)
 
 
 def test_prompt_may_be_longer_than_the_least_capacity(llama, monkeypatch):
@@ -765,6 +826,37 @@ def test_buffers_that_are_used_again_are_the_last_to_go(llama):
     assert used.make_room(200)
     assert used.current is kept["a call", 256]
     assert list(kept) == [("a call", 384), ("a call", 256)]
+
+
+@pytest.fixture
+def kept_on(monkeypatch):
+    """Sets of heads on two devices, this one and another."""
+
+    def keep(here, *drafts) -> tuple:
+        kept = [weakref.WeakKeyDictionary((draft, OrderedDict(of=draft)) for draft in drafts) for _ in range(2)]
+        monkeypatch.setattr(shelf, "_kept", {here: kept[0], torch.device("meta", 0): kept[1]})
+        return kept
+
+    return keep
+
+
+@pytest.mark.parametrize("fixed_shapes", [True, False])
+def test_pair_that_has_moved_leaves_no_sets_on_its_old_device(llama, fixed_shapes, kept_on):
+    draft, other = make_fixed(llama), make_fixed(llama)
+    draft.generation_config.fixed_shapes = fixed_shapes
+    here, elsewhere = kept_on(llama.device, draft, other)
+    call(llama, make_prompt(6), assistant_model=draft, do_sample=False)
+    assert [list(sets[each]) for sets in (here, elsewhere) for each in (draft, other)] == [["of"], ["of"], [], ["of"]]
+
+
+def test_sets_that_another_thread_uses_are_left_alone(llama, kept_on):
+    """It may be out of memory, and on its way through all of them."""
+    draft = make_fixed(llama)
+    _, elsewhere = kept_on(llama.device, draft, make_fixed(llama))
+    for in_use in elsewhere.values():
+        shelf.forget_elsewhere(draft)
+        assert list(in_use) == ["of"]
+    assert not elsewhere[draft]
 
 
 @pytest.mark.gpu
