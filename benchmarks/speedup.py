@@ -252,7 +252,7 @@ def load_pair(arguments: argparse.Namespace, tokenizer) -> Pair:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = make_parser(__doc__, "benchmarks/results/speedup.md", num_samples=2, max_new_tokens=256)
+    parser = make_parser(__doc__, "benchmarks/results/speedup.md", num_samples=8, max_new_tokens=256)
     default_ways = [PLAIN_STATIC, OURS_CAPTURED, OURS_ADAPTIVE, OURS_COMPILED]
     parser.add_argument("--ways", nargs="+", choices=TRIED, default=default_ways)
     parser.add_argument("--batch-sizes", nargs="+", type=at_least(1), default=[1, 8, 32])
