@@ -23,7 +23,7 @@ OUTPUT = Path("outputs/demo")
 TARGET = "examples/nano-target"
 TRAINED, RELEASED = OUTPUT / "head", Path(".")
 TRAINED_RESULTS, RELEASED_RESULTS = OUTPUT / "eval" / "results.json", OUTPUT / "eval-released" / "results.json"
-# What two CPU cores do in about four minutes. Four steps of training-time test instead of seven: at an acceptance
+# What two CPU cores do in four to seven minutes. Four steps of training-time test instead of seven: at an acceptance
 # length near 2, deeper drafts are rare, and the time is better spent on more conversations.
 TRAINING_SCALE = (
     *("--max-steps", "500"),
