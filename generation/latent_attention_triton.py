@@ -20,7 +20,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .latent_parts import Parts, sm_count
-from .latent_pipeline import pipeline_takes, pipelined_parts
+from .latent_pipeline import pipeline_takes
 from .latent_rotated_triton import rotated_part_kernel, rotated_tile_bytes, rotated_tile_sizes
 from .latent_tiles_triton import (
     add_to_softmax,
@@ -57,6 +57,8 @@ def attend(
     if k_rope.shape[-1] == 0:
         inv_freq, scaling = projections.inv_freq.contiguous(), scaling * projections.attention_scaling
     if inv_freq is not None and first is None and pipeline_takes(query, c_kv, len(w_uk)):
+        from .latent_pipeline_gluon import pipelined_parts  # not every Triton has Gluon
+
         parts = pipelined_parts(query, c_kv, w_uk, inv_freq, lengths, scaling, drafted)
     else:
         parts = split_parts(query, c_kv, k_rope, w_uk, inv_freq, lengths, scaling, drafted, first)

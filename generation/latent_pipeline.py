@@ -7,8 +7,6 @@ import torch
 import triton
 from torch import Tensor
 
-from .latent_parts import Parts, sm_count
-
 logger = logging.getLogger(__name__)
 
 HOPPER = (9, 0)
@@ -62,25 +60,3 @@ def is_known(version: str) -> bool:
     known = ", ".join(f"{each}x" for each in TRITON_VERSIONS)
     logger.info(f"Attention to latents has a faster kernel for this GPU, tried with Triton {known}, not {version}.")
     return False
-
-
-def pipelined_parts(
-    query: Tensor, c_kv: Tensor, w_uk: Tensor, inv_freq: Tensor, lengths: Tensor, scaling: float, drafted: tuple
-) -> Parts:
-    """
-    Starts the pipeline, which fills the parts that are returned.
-
-    Args:
-        query (`torch.Tensor` of shape `(B, H, W, d)`), c_kv (`torch.Tensor` of shape `(B, 1, T, C)`), w_uk
-            (`torch.Tensor` of shape `(G, d, C)`), inv_freq (`torch.Tensor` of shape `(d / 2,)`), lengths
-            (`torch.Tensor` of shape `(B,)`): As for `attend_latents`.
-        scaling (`float`): Positive factor of the scores, which are logarithms to base 2.
-        drafted (`tuple`): What `drafted_inputs` gives.
-    """
-    from .latent_pipeline_gluon import BLOCK_ROWS, BLOCK_SLOTS, launch_parts  # not every Triton has Gluon
-
-    (batch_size, num_heads, num_rows, _), num_groups = query.shape, w_uk.shape[0]
-    num_row_tiles = triton.cdiv(num_heads // num_groups * num_rows, BLOCK_ROWS)
-    parts = Parts.empty(query, c_kv, batch_size * num_groups * num_row_tiles, BLOCK_SLOTS, sm_count(query.device))
-    launch_parts(query, c_kv, w_uk, inv_freq, lengths, scaling, drafted, parts)
-    return parts

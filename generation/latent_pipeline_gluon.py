@@ -28,7 +28,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .latent_parts import Parts
+from .latent_parts import Parts, sm_count
 from .latent_tiles_triton import block_of, cos_sin, turned
 
 # The kernel is written for these sizes: 64 of each, and 4 warps in each of its two groups.
@@ -40,7 +40,7 @@ KEY_REGISTERS = 216
 DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
-def launch_parts(
+def pipelined_parts(
     query: Tensor,
     c_kv: Tensor,
     w_uk: Tensor,
@@ -48,12 +48,21 @@ def launch_parts(
     lengths: Tensor,
     scaling: float,
     drafted: tuple[Tensor, Tensor, int],
-    parts: Parts,
-) -> None:
-    """**Effects**: fills `parts`. See `pipelined_parts`."""
+) -> Parts:
+    """
+    Starts the pipeline, which fills the parts that are returned.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, H, W, d)`), c_kv (`torch.Tensor` of shape `(B, 1, T, C)`), w_uk
+            (`torch.Tensor` of shape `(G, d, C)`), inv_freq (`torch.Tensor` of shape `(d / 2,)`), lengths
+            (`torch.Tensor` of shape `(B,)`): As for `attend_latents`.
+        scaling (`float`): Positive factor of the scores, which are logarithms to base 2.
+        drafted (`tuple`): What `drafted_inputs` gives.
+    """
     batch_size, num_heads, num_rows, _ = query.shape
     (num_groups, head_dim, latent_dim), (sees, positions, num_drafted) = w_uk.shape, drafted
     num_row_tiles = triton.cdiv(num_heads // num_groups * num_rows, BLOCK_ROWS)
+    parts = Parts.empty(query, c_kv, batch_size * num_groups * num_row_tiles, BLOCK_SLOTS, sm_count(query.device))
     pipelined_part_kernel[num_row_tiles * num_groups, parts.sums.shape[1], batch_size](
         query,
         as_matrix(c_kv),
@@ -81,6 +90,7 @@ def launch_parts(
         KEY_REGISTERS=KEY_REGISTERS,
         num_warps=NUM_WARPS,
     )
+    return parts
 
 
 def as_matrix(c_kv: Tensor) -> TensorDescriptor:

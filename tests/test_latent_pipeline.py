@@ -97,7 +97,8 @@ def test_slots_that_the_device_cannot_copy_by_itself_are_left_to_the_other_kerne
 
 
 def test_padded_texts_and_other_gpus_have_the_other_kernel(monkeypatch):
-    monkeypatch.setattr(latent_attention_triton, "pipelined_parts", lambda *args: pytest.fail("the pipeline ran"))
+    gluon = pytest.importorskip("eagle3_mla.generation.latent_pipeline_gluon")
+    monkeypatch.setattr(gluon, "pipelined_parts", lambda *args: pytest.fail("the pipeline ran"))
     compare_with_kernels((2, 4, 2, 3, 64, 0, 64, 100, 6, False), torch.float16, "cpu")
     monkeypatch.setattr(latent_attention_triton, "pipeline_takes", lambda *args: True)
     compare_with_kernels((2, 4, 2, 3, 64, 0, 64, 100, 6, True), torch.float16, "cpu")
@@ -108,12 +109,12 @@ def test_the_kernel_is_told_where_the_slots_of_every_sequence_are(monkeypatch):
     """Caches are parts of longer ones: the rows of a matrix which holds more than their slots."""
     gluon = pytest.importorskip("eagle3_mla.generation.latent_pipeline_gluon")
     monkeypatch.setattr(gluon, "pipelined_part_kernel", recorder := Recorder())
-    monkeypatch.setattr(latent_pipeline, "sm_count", lambda device: 132)
+    monkeypatch.setattr(gluon, "sm_count", lambda device: 132)
     inputs = random_inputs((3, 16, 4, 10, 64, 0, 64, 500, 20, False), torch.float16)
     c_kv = inputs["c_kv"].new_zeros(3, 2, 700, 64)[:, 1:, 100:600].copy_(inputs["c_kv"])
     drafted = latent_attention_triton.drafted_inputs(inputs["drafted"], inputs["lengths"])
     w_uk, inv_freq = inputs["projections"].w_uk, inputs["projections"].inv_freq
-    parts = latent_pipeline.pipelined_parts(inputs["query"], c_kv, w_uk, inv_freq, inputs["lengths"], 0.5, drafted)
+    parts = gluon.pipelined_parts(inputs["query"], c_kv, w_uk, inv_freq, inputs["lengths"], 0.5, drafted)
 
     assert parts.sums.shape == (3, 8, 16, 10, 64), "as many parts as tiles of 64 slots"
     assert parts.maxima.shape == parts.totals.shape == (3, 8, 16, 10)
@@ -129,12 +130,12 @@ def test_the_kernel_is_told_where_the_slots_of_every_sequence_are(monkeypatch):
 def test_no_more_programs_are_started_than_run_at_once(monkeypatch):
     gluon = pytest.importorskip("eagle3_mla.generation.latent_pipeline_gluon")
     monkeypatch.setattr(gluon, "pipelined_part_kernel", recorder := Recorder())
-    monkeypatch.setattr(latent_pipeline, "sm_count", lambda device: 132)
+    monkeypatch.setattr(gluon, "sm_count", lambda device: 132)
     for num_rows, batch_size, num_parts in ((1, 1, 16), (17, 1, 8), (1, 8, 2), (1, 40, 1)):
         query, c_kv = latents(batch_size, 32, num_rows, 128), latents(batch_size, 1, 3000, 256)
         lengths = torch.full((batch_size,), 3000, dtype=torch.int32)
         drafted = latent_attention_triton.drafted_inputs(None, lengths)
-        latent_pipeline.pipelined_parts(query, c_kv, latents(8, 128, 256), torch.ones(64), lengths, 1.0, drafted)
+        gluon.pipelined_parts(query, c_kv, latents(8, 128, 256), torch.ones(64), lengths, 1.0, drafted)
         assert recorder.grid == (8 * -(-4 * num_rows // 64), num_parts, batch_size)
 
 
