@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from .devices import input_device
-from .modules import modules_of
+from .modules import devices_of, modules_of
 from .notices import warn_once
 from .probing import TOLERATED_SHARE, TOLERATED_SHARE_IN_HALF_PRECISION
 
@@ -123,10 +123,10 @@ def keeps_keys_and_values(layer) -> bool:
 @torch.no_grad()
 def draws_random_numbers(model: PreTrainedModel, forward: Callable[[], object]) -> bool:
     """Whether a `forward` of `model` moves a random generator, if any of its modules is in training mode."""
-    if not any(module.training for module in modules_of(model)):
+    modules = modules_of(model)
+    if not any(module.training for module in modules):
         return False
-    devices = {parameter.device for parameter in model.parameters()}
-    on_gpu = [device for device in devices if device.type == "cuda"]
+    on_gpu = [device for device in devices_of(modules) if device.type == "cuda"]
     with torch.random.fork_rng(on_gpu):
         before = [torch.get_rng_state(), *map(torch.cuda.get_rng_state, on_gpu)]
         forward()

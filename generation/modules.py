@@ -1,5 +1,6 @@
 """A model's modules, for what is asked of all of them in every call."""
 
+import torch
 from torch import nn
 
 
@@ -10,3 +11,9 @@ def modules_of(model: nn.Module) -> set[nn.Module]:
         found |= level
         level = {child for module in level for child in module._modules.values() if child is not None} - found
     return found
+
+
+def devices_of(modules: set[nn.Module]) -> set[torch.device]:
+    """Where the parameters of modules are."""
+    parameters = [parameter for module in modules for parameter in module._parameters.values()]
+    return {parameter.device for parameter in parameters if parameter is not None}

@@ -8,7 +8,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .chunks import ChunkLimit
-from .modules import modules_of
+from .modules import devices_of, modules_of
 from .notices import warn_once
 from .probing import can_branch
 from .rope import ReadingLimits, rope_lengths
@@ -100,12 +100,6 @@ def has_hooks(modules: set[nn.Module]) -> bool:
     listened = [module for module in modules if module._forward_hooks or module._forward_pre_hooks]
     hooks = [hook for each in listened for hook in (*each._forward_hooks.values(), *each._forward_pre_hooks.values())]
     return any(not str(hook.__module__).startswith("transformers.") for hook in hooks)
-
-
-def devices_of(modules: set[nn.Module]) -> set[torch.device]:
-    """Where the parameters of modules are."""
-    parameters = [parameter for module in modules for parameter in module._parameters.values()]
-    return {parameter.device for parameter in parameters if parameter is not None}
 
 
 def give_reason(target: PreTrainedModel, reason: str) -> None:
