@@ -7,6 +7,8 @@ them at once.
 Shapes: L layers, B batch, G key-value heads, K slots, N new positions, P positions of a path.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -120,11 +122,21 @@ class FixedCache(Cache):
         """
         num_least = num_tokens if num_least is None else num_least
         firsts = [max(0, num_least - each.sliding_window + 1) if each.is_sliding else 0 for each in cache.layers]
-        states = self._states_in([(first, num_tokens) for first in firsts])
+        spans = [(first, num_tokens) for first in firsts]
+        states = self._copies_in(spans) if device is None else self._copies_on(device, spans)
         for (keys, values), source in zip(states, cache.layers, strict=True):
-            source.keys, source.values = (each.to(device, copy=True) for each in (keys, values))
+            source.keys, source.values = keys, values
             if source.is_sliding:
                 source.cumulative_length = num_tokens
+
+    def _copies_in(self, spans: list[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of each layer's keys and values in its span of slots, where the buffers are."""
+        return ((keys.clone(), values.clone()) for keys, values in self._states_in(spans))
+
+    def _copies_on(self, device: torch.device, spans: list[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The same on another device. Whole buffers go there, because slices would first be copied where they are."""
+        for layer, (first, end) in zip(self.layers, spans, strict=True):
+            yield tuple(each.to(device)[:, :, first:end].clone() for each in (layer.keys, layer.values))
 
     def _states_in(self, spans: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of each layer in its span of slots; slices of whole stacks, of which few are different."""

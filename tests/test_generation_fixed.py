@@ -930,3 +930,21 @@ def test_model_that_asks_the_device_takes_the_other_loop(do_sample, caplog, monk
         assert torch.cuda.current_stream() == stream
     assert sum("not captured" in message for message in caplog.messages) == 1
     assert draft.speculation_stats.rounds > 0
+
+
+@pytest.mark.gpu
+def test_cache_moves_to_the_host_without_memory_of_the_device():
+    plain = DynamicCache()
+    for layer in range(3):
+        plain.update(*torch.randn(2, 2, 4, 50, 64, device="cuda"), layer)
+    expected = [(layer.keys[:, :, :40].cpu(), layer.values[:, :, :40].cpu()) for layer in plain.layers]
+    fixed = FixedCache(plain, 96)
+    fixed.load(plain)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    num_before = torch.cuda.memory_allocated()
+    fixed.give_back(plain, 40, device=torch.device("cpu"))
+    assert torch.cuda.max_memory_allocated() == num_before
+    for layer, (keys, values) in zip(plain.layers, expected, strict=True):
+        assert torch.equal(layer.keys, keys)
+        assert torch.equal(layer.values, values)
