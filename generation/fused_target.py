@@ -5,7 +5,8 @@
     RMSNorm      one kernel instead of six (`fused_norm.py`), with the sum before it (`fused_residual.py`)
     RoPE         one kernel instead of ten (`fused_rope.py`)
     MLP          the gate in one kernel instead of two (`fused_mlp.py`), the draft's as well
-    draft        what its rows remember on a second stream, beside what they ask (`parallel_branches.py`)
+    projections  of the same states on streams beside each other (`sibling_projections.py`), and so is what the draft's
+                 rows remember beside what they ask (`parallel_branches.py`)
 
 All are put in place while a graph is captured, and only then: what a graph has recorded it keeps. What replaces code
 of the target's layers is tried on random numbers before; a model that computes something else runs its own code.
@@ -30,6 +31,7 @@ from .fused_rope import fused_draft_rope, fused_rope
 from .kernels import HALF_PRECISION, can_run_kernels
 from .opaque_ops import tree_attention_op
 from .parallel_branches import parallel_branches
+from .sibling_projections import DRAFT_FAMILIES, TARGET_FAMILIES, sibling_projections
 
 # Names are global, and two versions of this package may be loaded.
 TREE_ATTENTION = f"tree_{re.sub(r'[^0-9A-Za-z]', '_', __name__)}"
@@ -180,6 +182,7 @@ def fused_operations(target: PreTrainedModel, draft: nn.Module) -> Iterator[None
         fused_norms(target),
         fused_rope(target),
         fused_mlps(target),
+        sibling_projections(target, TARGET_FAMILIES),  # behind them: they try what they replace
         fused_draft_operations(draft),
     ):
         yield
@@ -188,5 +191,11 @@ def fused_operations(target: PreTrainedModel, draft: nn.Module) -> Iterator[None
 @contextmanager
 def fused_draft_operations(draft: nn.Module) -> Iterator[None]:
     """As [`fused_operations`], of a draft alone; what its rows remember is computed beside what they ask."""
-    with fused_norms(draft), fused_draft_rope(draft), fused_mlps(draft), parallel_branches(draft):
+    with (
+        fused_norms(draft),
+        fused_draft_rope(draft),
+        fused_mlps(draft),
+        sibling_projections(draft, DRAFT_FAMILIES),
+        parallel_branches(draft),
+    ):
         yield

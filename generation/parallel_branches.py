@@ -19,7 +19,6 @@ Memory needs no further care. PyTorch gives what was freed on a stream to that s
 Libraries have a workspace for each stream, so that the products of two branches do not meet in one.
 """
 
-import functools
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,6 +26,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from .streams import side_stream
 
 METHODS = ("ask", "remember")
 
@@ -116,14 +117,3 @@ def put_back(attention: nn.Module, replaced: dict[str, Callable]) -> None:
     for name in METHODS:
         delattr(attention, name)
     vars(attention).update(replaced)
-
-
-@functools.cache
-def side_stream(device: torch.device) -> torch.cuda.Stream:
-    """
-    The same for all captures of this copy of the package, which take turns: libraries keep a workspace for every
-    stream that they have seen.
-
-    Of high priority, so that its few programs do not queue behind the many of `ask`.
-    """
-    return torch.cuda.Stream(device, priority=-1)
