@@ -191,9 +191,9 @@ class Shelf:
         return True
 
     def let_go(self) -> None:
-        """Gives back the memory of the buffers in use; there are none any more."""
-        self.kept.pop(self.current_key, None)
+        """Gives back the memory of the buffers in use, and of all that are kept on the device; there are none then."""
         self.current, self.uncaptured = None, {}
+        self._empty_device()
 
     def rounds(self, size: TreePlan) -> FixedRounds | None:
         """Rounds of this size on the buffers; `None`, and a line in the log, if they cannot be captured."""
@@ -233,12 +233,17 @@ class Shelf:
             try:
                 return self._new(capacity)
             except torch.OutOfMemoryError:
-                for kept in _kept[self.target.device].values():
-                    kept.clear()
-            with capturing:
-                torch.cuda.empty_cache()  # only now: the error held what had been made
+                pass
+            self._empty_device()  # only now: the error held what had been made
         give_reason(self.target, f"the device has no memory for {capacity} slots a sequence")
         return None
+
+    def _empty_device(self) -> None:
+        """Keeps nothing on the target's device any more."""
+        for kept in _kept[self.target.device].values():
+            kept.clear()
+        with capturing:
+            torch.cuda.empty_cache()
 
     def _captured_as_it_is(self, size: TreePlan) -> FixedRounds | None:
         """

@@ -234,6 +234,7 @@ def test_cache_is_given_back_where_there_is_no_memory_for_it_beside_its_buffers(
     draft, prompt = make_fixed(target).double(), make_prompts(*PROMPTS[prompts])
     for _ in range(2):
         assert_same_call(target, draft, prompt, do_sample=False, max_new_tokens=60)
+        assert not any(shelf._kept[target.device].values())  # shorter buffers of the same text included
     assert ways == ["device"] * 2
     assert is_alone == [True] * 2 * target.config.num_hidden_layers
 
