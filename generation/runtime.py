@@ -6,6 +6,7 @@ launch of a captured graph. Where shapes cannot be fixed (`obstacles.py`), or a 
 """
 
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -68,7 +69,9 @@ def decode_at_fixed_shapes(
         try:
             is_finished = go_on(shelf, sizes, texts, stats)
             shelf.buffers.memory.give_back(memory)
-        except BaseException:  # the cache may be the caller's
+        except BaseException as error:  # the cache may be the caller's
+            if isinstance(error, torch.OutOfMemoryError):
+                traceback.clear_frames(error.__traceback__)  # what they hold are the buffers
             give_back(shelf, prefill.cache, texts.transcript.num_kept_slots)
             raise
         if is_finished:

@@ -89,16 +89,19 @@ class Failure:
     Args:
         reason (`str`): For the log.
         is_known (`bool`): Whether the target is one that asks for more than the attention to trees has.
+        is_of_memory (`bool`): Whether the device had no room.
     """
 
     reason: str
     is_known: bool
+    is_of_memory: bool
 
     @classmethod
     def of(cls, error: Exception, target: PreTrainedModel) -> "Failure":
         first_line = next(iter(str(error).strip().splitlines()), "")  # compilers write pages
         is_known = type(error) is NotImplementedError or not target._supports_attention_backend
-        return cls(f"{type(error).__name__}: {first_line}".rstrip(": ."), is_known)
+        is_of_memory = isinstance(error, torch.OutOfMemoryError)
+        return cls(f"{type(error).__name__}: {first_line}".rstrip(": ."), is_known, is_of_memory)
 
 
 class Shelf:
@@ -288,22 +291,31 @@ class Shelf:
         for way in self._ways():
             if (self.key, size, way) in failed:
                 continue
-            rounds = self._new_rounds(size)
-            try:
-                with capturing, self.stopwatch, self.buffers.unmoved():
-                    rounds.capture(way.fuses, self.compile_config if way.compiles else None)
-            except Exception as error:  # whatever a model or a compiler raises
-                failures[way] = Failure.of(error, self.target)
-                if len(failed) >= MOST_FAILED:
-                    failed.clear()
-                if not isinstance(error, torch.OutOfMemoryError):
-                    failed.add((self.key, size, way))
-            else:
+            found = self._captured_in(way, size)
+            if isinstance(found, Failure) and found.is_of_memory:
+                self._empty_device()
+                found = self._captured_in(way, size)
+            if isinstance(found, FixedRounds):
                 self._tell_losses(way, failures)
-                return rounds
+                return found
+            failures[way] = found
+            if len(failed) >= MOST_FAILED:
+                failed.clear()
+            if not found.is_of_memory:
+                failed.add((self.key, size, way))
         if failures:
             give_reason(self.target, list(failures.values())[-1].reason)
         return None
+
+    def _captured_in(self, way: Way, size: TreePlan) -> FixedRounds | Failure:
+        """The rounds as graphs, in one way."""
+        rounds = self._new_rounds(size)
+        try:
+            with capturing, self.stopwatch, self.buffers.unmoved():
+                rounds.capture(way.fuses, self.compile_config if way.compiles else None)
+        except Exception as error:  # whatever a model or a compiler raises
+            return Failure.of(error, self.target)
+        return rounds
 
     def _ways(self) -> list[Way]:
         """The best first; a target that takes no attention but its own is captured with that."""

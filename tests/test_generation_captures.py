@@ -29,7 +29,7 @@ CASES = {
     "nothing fails, compiled": (True, {}, [COMPILED_FUSED], []),
     "kernel": (False, {FUSED: ASKS_THE_DEVICE}, [FUSED, PLAIN], [("WARNING", WITHOUT_FUSED.format(ASKED))]),
     "own attention": (False, {FUSED: OWN_ATTENTION}, [FUSED, PLAIN], [("INFO", WITHOUT_FUSED.format(MORE))]),
-    "memory": (False, {FUSED: OUT_OF_MEMORY}, [FUSED, PLAIN], [("WARNING", WITHOUT_FUSED.format(MEMORY))]),
+    "memory": (False, {FUSED: OUT_OF_MEMORY}, [FUSED, FUSED, PLAIN], [("WARNING", WITHOUT_FUSED.format(MEMORY))]),
     "compiler": (
         True,
         {COMPILED_FUSED: BROKEN_COMPILER, COMPILED: BROKEN_COMPILER},
@@ -57,7 +57,7 @@ CASES = {
     "memory for nothing": (
         False,
         {FUSED: OUT_OF_MEMORY, PLAIN: OUT_OF_MEMORY},
-        [FUSED, PLAIN, FUSED, PLAIN],
+        2 * [FUSED, FUSED, PLAIN, PLAIN],
         [("WARNING", NOT_CAPTURED.format(MEMORY))],
     ),
 }
@@ -97,3 +97,26 @@ def test_target_whose_attention_cannot_be_replaced_is_known():
     assert shelf.Failure.of(RuntimeError("The size of tensor a must match."), target).is_known
     assert not shelf.Failure.of(RuntimeError("The size of tensor a must match."), TARGETS["llama"]()).is_known
     assert shelf.Failure.of(RuntimeError(), target).reason == "RuntimeError"
+
+
+def test_other_buffers_go_before_rounds_are_left_uncaptured(monkeypatch, caplog):
+    """Those of a shorter text, say, where the device has room for the graphs of one of them."""
+    target, num_kept = TARGETS["llama"]().eval(), []
+
+    def capture(rounds, fuses, compile_config):
+        num_kept.append(sum(map(len, shelf._kept[target.device].values())))
+        if num_kept[-1] > 0:
+            raise OUT_OF_MEMORY
+
+    monkeypatch.setattr(obstacles, "_reasons_given", set())
+    monkeypatch.setattr(shelf, "_kept", {})
+    monkeypatch.setattr(shelf, "can_capture", lambda device: True)
+    monkeypatch.setattr(shelf, "memory_of", lambda device: 2**40)
+    monkeypatch.setattr(shelf, "LEAST_CAPACITY", 32)
+    monkeypatch.setattr(fixed_rounds.FixedRounds, "capture", capture)
+    draft, prompt = set_tree(make_draft(target), 5, 1, 5), make_prompt(6)
+    draft.generation_config.fixed_shapes = True
+    plain = target.generate(**prompt, max_new_tokens=60, do_sample=False)
+    assert torch.equal(target.generate(**prompt, max_new_tokens=60, do_sample=False, assistant_model=draft), plain)
+    assert num_kept[:3] == [0, 1, 0]
+    assert not caplog.messages

@@ -251,6 +251,16 @@ def test_cache_of_a_broken_call_is_given_back_where_there_is_no_memory_for_it_be
     assert_same_cache(cache, plain)
 
 
+def test_cache_comes_back_to_a_device_that_was_full_in_the_middle_of_a_round(llama, is_alone, monkeypatch):
+    def fail(*given) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(runtime, "record_round", fail)
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        call(llama, make_prompt(6), assistant_model=make_fixed(llama), do_sample=False)
+    assert is_alone == [True] * llama.config.num_hidden_layers
+
+
 def test_prompt_may_be_longer_than_the_least_capacity(llama, monkeypatch):
     monkeypatch.setattr(shelf, "LEAST_CAPACITY", 8)
     assert_same_call(llama, make_fixed(llama), make_prompts([50, 33]), do_sample=False)
