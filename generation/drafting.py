@@ -6,37 +6,20 @@ begins by appending the rows of the accepted tokens from the target's true state
 Shapes: B batch, W nodes of one depth, Vd the draft's vocabulary.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, PreTrainedModel
 
-from .memory import DraftMemory
+from .levels import Frontier, grow
+from .memory import DraftMemory, rows_at
 from .sampling import Noise, RowNoise, stateless_warpers
 from .support import TreePlan
-from .top_tokens import best_log_probs, best_scores
+from .top_tokens import best_log_probs
 from .tree import DraftTree, build_chain, build_tree
 
 # A draft's q is flatter than the p of any one context, so that it expects noise to turn more choices than it does.
 # That costs a chain 3 to 5 %; a tree holds both candidates (benchmarks/results/log.md).
 CHAIN_SHARPNESS = 1.5
-
-
-@dataclass
-class Frontier:
-    """
-    The nodes whose continuations come next: the draft's rows of one depth.
-
-    Args:
-        candidates (`torch.LongTensor` of shape `(B, W)`): Their indices among all candidates; -1 is the root.
-        scores (`torch.Tensor` of shape `(B, W)`): Log-probability of the path to each, fp32.
-        sees (`torch.BoolTensor` of shape `(B, W, rows)`): Which of the rows drafted in this round each attends to.
-    """
-
-    candidates: Tensor
-    scores: Tensor
-    sees: Tensor
 
 
 def draft_tree(
@@ -71,39 +54,32 @@ def draft_tree(
     warpers = stateless_warpers(logits_processor)
     root, outputs = memory.roots, memory.read(draft, target)
     device, batch_size = outputs.logits.device, len(root)
-    frontier = Frontier(
-        candidates=torch.full((batch_size, 1), -1, device=device),
-        scores=torch.zeros(batch_size, 1, device=device),
-        sees=torch.zeros(batch_size, 1, 0, dtype=torch.bool, device=device),
-    )
+    frontier, levels = Frontier.of_roots(batch_size, device), []
     sharpness = CHAIN_SHARPNESS if plan.top_k == 1 else 1.0
-    itself = torch.eye(plan.top_k, dtype=torch.bool, device=device).expand(batch_size, -1, -1)
-    token_ids, parents, scores = [], [], []
     for depth in range(plan.depth):
-        logits, num_before = outputs.logits, sum(each.shape[1] for each in scores)
-        expected = expected_scores(draft, logits, warpers, noise, depth, sharpness)
+        expected = expected_scores(draft, outputs.logits, warpers, noise, depth, sharpness)
         log_probs, draft_ids = best_log_probs(expected, plan.top_k)
-        token_ids.append(draft.draft_to_target(draft_ids).flatten(1))  # (B, W * top_k)
-        parents.append(frontier.candidates.repeat_interleave(plan.top_k, dim=1))
-        scores.append((frontier.scores[..., None] + log_probs).flatten(1))
-        if depth + 1 == plan.depth or is_unsure(logits, draft_ids, plan.confidence_threshold):
+        num_columns = memory.num_columns(frontier.num_drafted + plan.top_k)
+        level, following = grow(frontier, log_probs, draft_ids, draft.d2t, num_columns)
+        levels.append(level)
+        if depth + 1 == plan.depth or is_unsure(outputs.logits, draft_ids, plan.confidence_threshold):
             break
-        chosen_scores, chosen = best_scores(scores[-1], plan.top_k)
-        rows = (chosen // plan.top_k)[..., None]  # (B, W, 1)
-        sees = frontier.sees.gather(1, rows.expand(-1, -1, frontier.sees.shape[-1]))
-        frontier = Frontier(num_before + chosen, chosen_scores, torch.cat([sees, itself], dim=2))
+        frontier = following
         outputs = draft(
-            inputs_embeds=draft.embed(token_ids[-1].gather(1, chosen), target),
-            fused_states=outputs.states.gather(1, rows.expand(-1, -1, outputs.states.shape[-1])),
+            inputs_embeds=draft.embed(frontier.token_ids, target),
+            fused_states=rows_at(outputs.states, frontier.rows),
             past_key_values=memory.cache,
-            **memory.frontier_inputs(frontier.sees),
+            **memory.frontier_inputs(frontier.sees, frontier.num_drafted),
         )
     memory.forget_guesses()
-    proposals = torch.cat(token_ids, dim=1).to(root.device)
+    proposals = torch.cat([level.token_ids for level in levels], dim=1).to(root.device)
     if plan.top_k == 1:
         return build_chain(torch.cat([root, proposals], dim=1))
-    parents, scores = torch.cat(parents, dim=1).to(root.device), torch.cat(scores, dim=1).to(root.device)
-    return build_tree(root, proposals, parents, scores, plan.num_nodes, max_depth=len(token_ids))
+    parents, scores = (
+        torch.cat(each, dim=1).to(root.device)
+        for each in zip(*((level.parents, level.scores) for level in levels), strict=True)
+    )
+    return build_tree(root, proposals, parents, scores, plan.num_nodes, max_depth=len(levels))
 
 
 def expected_scores(

@@ -11,14 +11,38 @@ K slots, D hidden, d width of a head, Vd the draft's vocabulary.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from .caches import new_draft_cache
 from .fixed_cache import FixedCache
-from .memory import DraftMemory, additive_mask
+from .memory import DraftMemory, additive_mask, rows_at
 from .opaque_ops import latent_attention_op
+
+
+@dataclass(frozen=True)
+class NewSlots:
+    """
+    The slots behind the committed rows.
+
+    Args:
+        slots (`torch.LongTensor` of shape `(B, S)`): In the cache.
+        positions (`torch.LongTensor` of shape `(B, S)`): Their RoPE positions.
+        end (`torch.IntTensor` of shape `(B,)`): The slot behind them.
+        short_positions (`torch.IntTensor` of shape `(B, S)`): The positions again, for kernels.
+    """
+
+    slots: Tensor
+    positions: Tensor
+    end: Tensor
+    short_positions: Tensor
+
+    @classmethod
+    def at(cls, num_rows: Tensor, offsets: Tensor) -> "NewSlots":
+        """Behind `num_rows (B,)`, at positions that are `offsets (S,)` ahead."""
+        slots = num_rows[:, None] + torch.arange(len(offsets), device=offsets.device)
+        positions = num_rows[:, None] + offsets
+        return cls(slots, positions, (num_rows + len(offsets)).to(torch.int32), positions.to(torch.int32))
 
 
 @dataclass(frozen=True)
@@ -43,18 +67,16 @@ class LatentCache(FixedCache):
         like (`Cache`), capacity (`int`): As for [`FixedCache`].
     """
 
-    def show(self, num_rows: Tensor, sees: Tensor, positions: Tensor, inv_freq: Tensor, scaling: float) -> None:
+    def show(self, new: NewSlots, sees: Tensor, inv_freq: Tensor, scaling: float) -> None:
         """
-        What the next forward sees, which writes the last of the new slots.
+        What the next forward sees, which writes some of the new slots.
 
         Args:
-            num_rows (`torch.LongTensor` of shape `(B,)`): Committed rows of each sequence, in the first slots.
-            sees (`torch.BoolTensor` of shape `(B, W, S)`): Which of the S slots behind them each row sees.
-            positions (`torch.LongTensor` of shape `(B, S)`): RoPE positions of these.
+            new ([`NewSlots`]): Those behind the committed rows, all of which are seen.
+            sees (`torch.BoolTensor` of shape `(B, W, S)`): Which of the new slots each row sees.
             inv_freq (`torch.Tensor` of shape `(d / 2,)`), scaling (`float`): Of RoPE.
         """
-        self.lengths = (num_rows + sees.shape[2]).to(torch.int32)
-        self.sees, self.positions = sees.contiguous(), positions.to(torch.int32)
+        self.lengths, self.positions, self.sees = new.end, new.short_positions, sees.contiguous()
         self.rope = inv_freq, scaling
 
     def attend_latents(
@@ -82,7 +104,7 @@ class FixedMemory:
         batch_size, _, width = like.pending_states.shape
         is_latent = draft.config.attention_type == "mla"
         self.cache = (LatentCache if is_latent else FixedCache)(like.cache, capacity + max(num_guesses, num_pending))
-        self.num_guesses = num_guesses
+        self.num_guesses, self.guesses = num_guesses, None  # slots of a round's, until the next begins
         self.rotary = draft.rotary_emb
         self.first_slot = like.first_slot
         self.num_rows = like.pending_tokens.new_zeros(batch_size)
@@ -160,55 +182,48 @@ class FixedMemory:
         **Effects**: the rows move to the cache.
         """
         roots = self._newest()
-        new = torch.arange(self.pending_tokens.shape[1], device=roots.device)
-        positions = self.num_rows[:, None] + new
-        sees = (new <= new[:, None]).expand(len(roots), -1, -1)
+        offsets = torch.arange(self.pending_tokens.shape[1], device=roots.device)
+        sees = (offsets <= offsets[:, None]).expand(len(roots), -1, -1)
         outputs = draft(
             inputs_embeds=draft.embed(self.pending_tokens, target),
             fused_states=self.pending_states,
             past_key_values=self.cache,
-            **self._inputs(sees, positions),
+            **self._inputs(sees, NewSlots.at(self.num_rows, offsets), slice(None)),
         )
         self.num_rows += self.num_pending
+        self.guesses = None
         return RootRows(rows_at(outputs.logits, roots), rows_at(outputs.states, roots))
 
-    def frontier_inputs(self, sees: Tensor) -> dict[str, Tensor]:
+    def num_columns(self, num_drafted: int) -> int:
+        """As many at all depths, so that a compiler meets one shape; what is not written yet is not seen."""
+        return self.num_guesses
+
+    def frontier_inputs(self, sees: Tensor, num_drafted: int) -> dict[str, Tensor]:
         """
-        What the draft has to know for the nodes of one depth.
+        What the draft has to know for the nodes of one depth, of as many as of those before.
 
         Args:
-            sees (`torch.BoolTensor` of shape `(B, W, rows)`): Which of the rows drafted in this round each attends to.
+            sees (`torch.BoolTensor` of shape `(B, W, S)`): Which of the rows that a round drafts each attends to.
+            num_drafted (`int`): How many there are by then.
 
         **Effects**: the next forward writes behind the rows that were drafted before.
         """
-        width, num_drafted = sees.shape[1:]
-        # Of one size at all depths, so that a compiler meets one shape; what is not written yet is not seen.
-        num_later = self.num_guesses - num_drafted
-        depths = torch.arange(self.num_guesses, device=sees.device) // width
-        return self._inputs(F.pad(sees, (0, num_later)), self.num_rows[:, None] + depths, num_later)
+        width = sees.shape[1]
+        if self.guesses is None:
+            self.guesses = NewSlots.at(self.num_rows, torch.arange(self.num_guesses, device=sees.device) // width)
+        return self._inputs(sees, self.guesses, slice(num_drafted - width, num_drafted))
 
-    def _inputs(self, sees: Tensor, positions: Tensor, num_later: int = 0) -> dict[str, Tensor]:
-        """
-        For rows `(B, W)` that see all rows in the cache and, of those behind, what `sees (B, W, S)` says.
-
-        They are themselves the last of these but for `num_later`, at RoPE positions `positions (B, S)`.
-        """
-        width, num_new = sees.shape[1:]
-        slots = self.num_rows[:, None] + torch.arange(num_new, device=sees.device)  # (B, S)
-        own = slice(num_new - num_later - width, num_new - num_later)
-        self.cache.write_at(slots[:, own])
-        own_positions = positions[:, own]
+    def _inputs(self, sees: Tensor, new: NewSlots, own: slice) -> dict[str, Tensor]:
+        """For rows in the slots `own` of the new ones; they see all committed rows, of the new what `sees` says."""
+        self.cache.write_at(new.slots[:, own])
+        own_positions = new.positions[:, own]
         if isinstance(self.cache, LatentCache):
-            self.cache.show(self.num_rows, sees, positions, *self.rotary.frequencies(positions.device))
+            self.cache.show(new, sees, *self.rotary.frequencies(own_positions.device))
             return {"position_ids": own_positions}
-        all_slots = torch.arange(self.cache.capacity, device=slots.device)
-        is_row = (all_slots < self.num_rows[:, None])[:, None].expand(-1, width, -1)  # (B, W, K)
-        sees = is_row.scatter(2, slots[:, None].expand_as(sees), sees)
-        return {
-            "attention_mask": additive_mask(sees, self.pending_states.dtype),
-            "key_position_ids": all_slots.expand(len(slots), -1).scatter(1, slots, positions),
-            "position_ids": own_positions,
-        }
+        slots = torch.arange(self.cache.capacity, device=own_positions.device)
+        is_row = (slots < self.num_rows[:, None])[:, None].expand(-1, sees.shape[1], -1)  # (B, W, K)
+        sees = is_row.scatter(2, new.slots[:, None].expand_as(sees), sees)
+        return {"attention_mask": additive_mask(sees, self.pending_states.dtype), "position_ids": own_positions}
 
     def forget_guesses(self) -> None:
         """Nothing: what nobody sees need not go."""
@@ -216,8 +231,3 @@ class FixedMemory:
     def _newest(self) -> Tensor:
         # A sequence that has ended may get nothing in a round; what is drafted for it is not used.
         return (self.num_pending[:, None] - 1).clamp(min=0)
-
-
-def rows_at(states: Tensor, places: Tensor) -> Tensor:
-    """One row of each sequence, `(B, T, width)` at `(B, 1)` -> `(B, 1, width)`."""
-    return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))

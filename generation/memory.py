@@ -179,7 +179,11 @@ class DraftMemory:
             self._read(draft, target, self.pending_states, self.pending_tokens, logits_to_keep=None)
             self.forget_guesses()
 
-    def frontier_inputs(self, sees: Tensor) -> dict[str, Tensor]:
+    def num_columns(self, num_drafted: int) -> int:
+        """How many rows [`Frontier.sees`] tells of, where so many are drafted."""
+        return num_drafted
+
+    def frontier_inputs(self, sees: Tensor, num_drafted: int) -> dict[str, Tensor]:
         """
         The draft's mask and positions for the nodes of one depth, which are appended to those of the depths before.
 
@@ -187,8 +191,9 @@ class DraftMemory:
 
         Args:
             sees (`torch.BoolTensor` of shape `(B, W, rows)`): Which of the rows drafted in this round each attends to.
+            num_drafted (`int`): These rows.
         """
-        _, width, num_drafted = sees.shape
+        width = sees.shape[1]
         if width == 1 and self.has_even_rows and self.shows_all(num_drafted):
             return {}
         device, num_slots = sees.device, self.cache.get_seq_length() - (num_drafted - width)
@@ -308,6 +313,11 @@ class DraftMemory:
         first = num_columns - torch.tensor(num_new, device=device)[:, None]
         rows = (first + torch.arange(max(num_new), device=device)).clamp(max=num_columns - 1)
         keep_path(self.cache, num_columns, rows, self.num_held, num_new)
+
+
+def rows_at(states: Tensor, places: Tensor) -> Tensor:
+    """Rows of each sequence, `(B, T, width)` at `(B, W)` -> `(B, W, width)`."""
+    return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
 
 
 def additive_mask(sees: Tensor, dtype: torch.dtype) -> Tensor:

@@ -76,7 +76,7 @@ def _best_of_part(
     shift = tl.where(highest == float("-inf"), 0.0, highest)  # a part may have nothing
     tl.store(sums_ptr + row * num_parts + part, highest)
     tl.store(sums_ptr + (tl.num_programs(1) + row) * num_parts + part, tl.sum(tl.exp(score - shift), axis=0))
-    key = tl.where(is_score, _keys(score, place), NOTHING)
+    key = tl.where(is_score, keys_of(score, place), NOTHING)
     for rank in range(TOP_K):
         best_key = tl.max(key, axis=0)
         tl.store(keys_ptr + (row * num_parts + part) * TOP_K + rank, best_key)
@@ -104,8 +104,8 @@ def _best_of_parts(
     key = tl.load(keys_ptr + row * num_parts * TOP_K + index, mask=index < num_parts * TOP_K, other=NOTHING)
     for rank in range(TOP_K):
         best_key = tl.max(key, axis=0)
-        tl.store(values_ptr + row * TOP_K + rank, _score_of(best_key) - highest - log_sum)
-        tl.store(places_ptr + row * TOP_K + rank, _place_of(best_key))
+        tl.store(values_ptr + row * TOP_K + rank, score_of(best_key) - highest - log_sum)
+        tl.store(places_ptr + row * TOP_K + rank, place_of(best_key))
         key = tl.where(key == best_key, NOTHING, key)
 
 
@@ -123,32 +123,35 @@ def _best_of_row(
     row, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
     is_score = place < num_scores
     score = _load_scores(scores_ptr + row * row_stride, place, is_score, score_stride)
-    key = tl.where(is_score, _keys(score, place), NOTHING)
+    key = tl.where(is_score, keys_of(score, place), NOTHING)
     for rank in range(TOP_K):
         best_key = tl.max(key, axis=0)
-        tl.store(values_ptr + row * TOP_K + rank, _score_of(best_key))
-        tl.store(places_ptr + row * TOP_K + rank, _place_of(best_key))
+        tl.store(values_ptr + row * TOP_K + rank, score_of(best_key))
+        tl.store(places_ptr + row * TOP_K + rank, place_of(best_key))
         key = tl.where(key == best_key, NOTHING, key)
 
 
 @triton.jit
 def _load_scores(row_ptr, place, is_score, score_stride):
-    score = tl.load(row_ptr + place.to(tl.int64) * score_stride, mask=is_score, other=float("-inf")).to(tl.float32)
-    return tl.where(score == 0, 0.0, score)  # zeros of both signs are equal
+    return tl.load(row_ptr + place.to(tl.int64) * score_stride, mask=is_score, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
-def _keys(score, place):
+def keys_of(score, place):
+    """Integers that order as scores, of equal ones the first place highest."""
+    score = tl.where(score == 0, 0.0, score)  # zeros of both signs are equal
     return (_ordered(score.to(tl.int32, bitcast=True)).to(tl.int64) << 32) | (0x7FFFFFFF - place).to(tl.int64)
 
 
 @triton.jit
-def _score_of(key):
+def score_of(key):
+    """The score in a key."""
     return _ordered((key >> 32).to(tl.int32)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _place_of(key):
+def place_of(key):
+    """The place in a key."""
     return 0x7FFFFFFF - (key & 0x7FFFFFFF)
 
 
