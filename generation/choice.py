@@ -57,13 +57,15 @@ def walk_at_once(
 
     Args:
         tree ([`DraftTree`]): Any trees.
-        logits (`torch.Tensor` of shape `(B, N, V)`): The target's, after each node, fp32.
+        logits (`torch.Tensor` of shape `(B, N, V)`): The target's, after each node.
         warpers (`LogitsProcessorList`): Processors that look at scores alone.
         noise (`torch.Tensor` of shape `(B, P, V)`, *optional*): Of each depth; `None` means greedy.
         pads (`torch.LongTensor` of shape `(B,)`): The token that a sequence gets whatever the target says, or -1.
     """
     batch_size, num_nodes, vocab_size = logits.shape
-    scores = warpers(None, logits.flatten(0, 1))  # (B * N, V)
+    scores = logits.flatten(0, 1)  # (B * N, V)
+    if len(warpers) > 0 or noise is not None:
+        scores = warpers(None, scores.float())
     if noise is not None:
         rows = torch.arange(batch_size, device=logits.device)[:, None]
         noise = noise[rows, tree.depths].flatten(0, 1)

@@ -151,7 +151,7 @@ class FixedRounds:
         self.load_tree(tree)
 
     def verify(self) -> Tensor:
-        """The target reads `tree`; returns its logits after each node, `(B, N, V)`, fp32."""
+        """The target reads `tree`; returns its logits after each node, `(B, N, V)`."""
         tree, buffers = self.tree, self.buffers
         slots = buffers.lengths[:, None] + torch.arange(len(tree), device=self.path.device)
         places = torch.minimum(buffers.lengths[:, None] + tree.depths, buffers.limit - 1)
@@ -170,7 +170,7 @@ class FixedRounds:
                 use_cache=True,
                 return_dict=True,
             )
-        self.logits = outputs.logits.float()
+        self.logits = outputs.logits
         return self.logits
 
     def choose(self) -> Tensor:

@@ -143,7 +143,7 @@ def choose_on_the_host(
         tree = texts.fit(rounds.tree, size.depth)
         rounds.load_tree(tree)
         with stats.times.target:
-            logits = rounds.verify()
+            logits = rounds.verify().float()
         verdict = texts.accept(tree, logits)
         rounds.load_verdict(verdict)
         with stats.times.choice:

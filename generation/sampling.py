@@ -17,6 +17,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process
 
+from .top_tokens import highest
+
 # Warpers that look at the scores alone, hence also at a draft's.
 STATELESS_WARPERS = (
     logits_process.TemperatureLogitsWarper,
@@ -142,7 +144,7 @@ def choose_token(scores: Tensor, noise: Tensor | None) -> Tensor:
         noise (`torch.Tensor` of shape `(B, V)`, *optional*): Of `Noise`; `None` means greedy.
     """
     if noise is None:
-        return scores.argmax(dim=-1)
+        return highest(scores)
     return (scores.softmax(dim=-1) / noise).argmax(dim=-1)
 
 

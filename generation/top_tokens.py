@@ -1,7 +1,7 @@
-"""The best tokens of a draft with their log-probabilities, without all the others'.
+"""The best tokens of a draft with their log-probabilities, without all the others', and the best one of a target.
 
-A draft asks for the `top_k` best of its vocabulary for every node that it continues. On a GPU two Triton kernels read
-the scores once; elsewhere they are normalised and sorted out by PyTorch.
+A draft asks for the `top_k` best of its vocabulary for every node that it continues, a target for the best after each
+node. On a GPU two Triton kernels read the scores once; elsewhere PyTorch normalises and sorts them, or compares all.
 
 Shapes: V tokens.
 """
@@ -37,6 +37,15 @@ def best_scores(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     from .top_tokens_triton import best_at_once
 
     return best_at_once(scores, top_k)
+
+
+def highest(scores: Tensor) -> Tensor:
+    """As `scores.argmax(dim=-1)`, the first of equal ones or the first that is not a number, `(..., V)` -> `(...)`."""
+    if not runs_on_triton(scores, 1) or scores.shape[-1] <= MOST_AT_ONCE:
+        return scores.argmax(dim=-1)
+    from .top_tokens_triton import highest
+
+    return highest(scores)
 
 
 def runs_on_triton(scores: Tensor, top_k: int) -> bool:

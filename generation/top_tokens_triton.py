@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK_SCORES = 1024
+BLOCK_COMPARED = 4096
 NOTHING = tl.constexpr(-(2**63))
 
 
@@ -62,6 +63,40 @@ def best_at_once(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
             num_warps=4 if block > 256 else 1,
         )
     return values, places
+
+
+def highest(scores: Tensor) -> Tensor:
+    """See `top_tokens.highest`."""
+    rows = scores.reshape(-1, scores.shape[-1])
+    num_rows, num_scores = rows.shape
+    num_parts = triton.cdiv(num_scores, BLOCK_COMPARED)
+    keys = rows.new_empty(num_rows, num_parts, dtype=torch.int64)
+    places = rows.new_empty(scores.shape[:-1], dtype=torch.int64)
+    with torch.cuda.device_of(rows):
+        _highest_of_part[num_parts, num_rows](rows, keys, *rows.stride(), num_scores, BLOCK=BLOCK_COMPARED)
+        _highest_of_parts[(num_rows,)](
+            keys, places, num_parts, BLOCK_PARTS=triton.next_power_of_2(num_parts), num_warps=1
+        )
+    return places
+
+
+@triton.jit
+def _highest_of_part(scores_ptr, keys_ptr, row_stride, score_stride, num_scores, BLOCK: tl.constexpr):
+    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    place = part * BLOCK + tl.arange(0, BLOCK)
+    is_score = place < num_scores
+    score = _load_scores(scores_ptr + row * row_stride, place, is_score, score_stride)
+    # All that are not numbers are alike, and above the numbers.
+    score = tl.where(score != score, float("nan"), score)
+    key = tl.where(is_score, keys_of(score, place), NOTHING)
+    tl.store(keys_ptr + row * tl.num_programs(0) + part, tl.max(key, axis=0))
+
+
+@triton.jit
+def _highest_of_parts(keys_ptr, places_ptr, num_parts, BLOCK_PARTS: tl.constexpr):
+    row, part = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK_PARTS)
+    key = tl.load(keys_ptr + row * num_parts + part, mask=part < num_parts, other=NOTHING)
+    tl.store(places_ptr + row, place_of(tl.max(key, axis=0)))
 
 
 @triton.jit

@@ -82,6 +82,34 @@ def test_rows_may_lie_apart_in_memory():
     compare(torch.randn(2, 8, 1300)[:, ::3, :1100], 4)
 
 
+def compare_highest(scores: torch.Tensor) -> None:
+    from eagle3_mla.generation.top_tokens_triton import highest
+
+    assert torch.equal(highest(scores), scores.argmax(dim=-1))
+
+
+def uneven_scores(shape: tuple[int, ...], dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+    """Many equal ones, zeros of both signs, infinities, and rows with what is not a number, of both signs."""
+    scores = torch.randint(-3, 4, shape, device=device).to(dtype)
+    scores[torch.rand(shape, device=device) < 0.3] *= -1.0
+    rows = scores.view(-1, shape[-1])
+    rows[0] = -float("inf")
+    rows[1 % len(rows), 7::5] = float("inf")
+    rows[2 % len(rows), -9:] = float("nan")
+    rows[2 % len(rows), -11:-9] = -torch.tensor(float("nan"))
+    return scores
+
+
+@in_interpreter
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 3, 20), (5, 4096), (2, 3, 9001)], ids=str)
+def test_highest_is_that_of_pytorch_in_the_interpreter(shape, dtype):
+    pytest.importorskip("triton")
+    compare_highest(torch.randn(shape).to(dtype))
+    compare_highest(uneven_scores(shape, dtype))
+    compare_highest(uneven_scores((*shape[:-1], 2 * shape[-1]), dtype)[..., ::2])
+
+
 @pytest.mark.parametrize(("shape", "top_k"), SHAPES, ids=str)
 def test_without_a_gpu_the_best_are_the_same(shape, top_k):
     scores = torch.randn(shape)
@@ -112,6 +140,15 @@ def test_kernels_take_the_best_on_a_gpu(shape, top_k, dtype):
 @pytest.mark.parametrize(("shape", "top_k"), [((4, 100), 10), ((32, 1024), 32)], ids=str)
 def test_few_scores_are_looked_at_once_on_a_gpu(shape, top_k):
     compare_at_once(torch.randint(-9, 9, shape, device="cuda").float(), top_k)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 61, 128256), (4, 16, 151936), (3, 5000)], ids=str)
+def test_highest_is_that_of_pytorch_on_a_gpu(shape, dtype):
+    compare_highest(torch.randn(shape, device="cuda").to(dtype))
+    compare_highest(uneven_scores(shape, dtype, "cuda"))
+    assert torch.equal(module.highest(torch.ones(shape, device="cuda")), torch.zeros(shape[:-1], device="cuda"))
 
 
 @pytest.mark.gpu
