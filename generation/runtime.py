@@ -136,6 +136,8 @@ def choose_on_the_host(
     while not transcript.is_finished and make_room_for_round(shelf, texts):
         size = sizes.choose()
         rounds, began = shelf.rounds_of_text(size), time.perf_counter()
+        if rounds is None:
+            break
         if transcript.do_sample:
             shelf.buffers.load_noise(texts.noise, size.depth)
         with stats.times.draft:
@@ -171,6 +173,8 @@ def follow_the_device(
     texts.move_to("cpu")
     while not texts.transcript.is_finished and (coming is not None or make_room_for_round(shelf, texts)):
         current = coming or begin_round(shelf, sizes, texts, stats)
+        if current is None:
+            break
         rows, seconds = current.wait()
         coming = begin_round(shelf, sizes, texts, stats) if may_begin_another(shelf, texts, rows) else None
         plan = current.rounds.plan
@@ -210,13 +214,18 @@ def slots_of(texts: RaggedTexts | TextsInStep) -> int:
 
 def begin_round(
     shelf: Shelf, sizes: TreeSizer | ConstantSize, texts: RaggedTexts, stats: SpeculationStats
-) -> "RoundUnderWay":
+) -> "RoundUnderWay | None":
     """
     Begins a round of the size that pays; on CUDA it goes on while the host does something else.
+
+    Returns:
+        [`RoundUnderWay`], or `None` if there is no memory for it.
 
     **Effects**: moves all buffers on.
     """
     rounds, began = shelf.rounds_of_text(sizes.choose()), time.perf_counter()
+    if rounds is None:
+        return None
     if texts.transcript.do_sample:
         rounds.buffers.load_noise(texts.noise, rounds.plan.depth)
     with stats.times.draft:

@@ -134,6 +134,7 @@ class Shelf:
         self.kept = _kept.setdefault(target.device, WeakKeyDictionary()).setdefault(draft, OrderedDict())
         self.current_key, self.current = None, None
         self.uncaptured: dict[TreePlan, FixedRounds] = {}
+        self.is_full = False  # whether a capture has found no memory
         self.fingerprints = self._fingerprints()
         self.call_key = (
             largest,
@@ -211,13 +212,15 @@ class Shelf:
             self._keep()
         return rounds
 
-    def rounds_of_text(self, size: TreePlan) -> FixedRounds:
+    def rounds_of_text(self, size: TreePlan) -> FixedRounds | None:
         """
-        For a text that has begun: rounds of this size, captured or not.
+        For a text that has begun: rounds of this size, captured or not; `None` if the device has no memory for graphs.
 
-        The latter hold the models, so that they are not kept for another text.
+        Those that are not hold the models, so that they are not kept for another text.
         """
         rounds = self.uncaptured.get(size) or self.rounds(size)
+        if rounds is None and self.is_full:  # uncaptured ones take more memory than the other loop
+            return None
         return rounds or self.uncaptured.setdefault(size, self._new_rounds(size))
 
     def _keep(self) -> None:
@@ -304,6 +307,7 @@ class Shelf:
             if not found.is_of_memory:
                 failed.add((self.key, size, way))
         if failures:
+            self.is_full = any(failure.is_of_memory for failure in failures.values())
             give_reason(self.target, list(failures.values())[-1].reason)
         return None
 

@@ -190,6 +190,36 @@ def test_text_goes_on_where_there_is_no_memory_for_longer_buffers(name, setting,
     ]
 
 
+@pytest.mark.parametrize("setting", ["greedy", "greedy-processors", "sample"])
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_text_goes_on_in_the_other_loop_where_there_is_no_memory_for_its_graphs(
+    setting, prompts, monkeypatch, caplog, ways
+):
+    """Uncaptured rounds would take more of it."""
+
+    def capture_if_small(rounds, fuses, compile_config):
+        if rounds.buffers.capacity > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        captured.append(rounds)
+
+    captured, recorded, record = [], set(), runtime.record_round
+    monkeypatch.setattr(runtime, "record_round", lambda *given: (recorded.add(given[2]), record(*given)))
+    monkeypatch.setattr(obstacles, "_reasons_given", set())
+    monkeypatch.setattr(shelf, "LEAST_CAPACITY", 64)
+    monkeypatch.setattr(shelf, "can_capture", lambda device: True)
+    monkeypatch.setattr(shelf, "memory_of", lambda device: 2**40)
+    monkeypatch.setattr(fixed_rounds.FixedRounds, "capture", capture_if_small)
+    target = TARGETS["llama"]().eval().double()
+    prompt, draft = make_prompts(*PROMPTS[prompts]), make_fixed(target).double()
+    assert len(assert_same_call(target, draft, prompt, **SETTINGS[setting] | {"max_new_tokens": 60})[0]) > 64
+    assert recorded
+    assert recorded <= set(captured)
+    assert ways == ["host" if "processors" in setting else "device"]
+    assert [message.split(": ", 1)[1] for message in caplog.messages if "not captured" in message] == [
+        "OutOfMemoryError: CUDA out of memory."
+    ]
+
+
 @pytest.fixture
 def is_alone(monkeypatch) -> list[bool]:
     """Of a device with no room for a text beside its buffers: whether layers that come back to it found them gone."""
