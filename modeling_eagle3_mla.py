@@ -493,6 +493,10 @@ class Eagle3MLADecoderLayer(nn.Module):
         """The second half of the layer, residual included."""
         return states + self.mlp(self.post_attention_layernorm(states))
 
+    def finish(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """What the layer does behind its attention."""
+        return self.feed_forward(residual + attended)
+
     def remember(self, inputs_embeds: Tensor, states: Tensor, cos_sin: CosSin, past_key_values: Cache) -> None:
         """
         What later rows need of these, and no more.
@@ -504,8 +508,7 @@ class Eagle3MLADecoderLayer(nn.Module):
 
     def forward(self, inputs_embeds: Tensor, states: Tensor, **attention) -> Tensor:
         attention_input = self.attention_input(inputs_embeds, states)
-        states = self.residual(attention_input, states) + self.self_attn(attention_input, **attention)
-        return self.feed_forward(states)
+        return self.finish(self.residual(attention_input, states), self.self_attn(attention_input, **attention))
 
 
 class AuxHiddenStates:
@@ -822,7 +825,7 @@ class Eagle3MLADraftModel(PreTrainedModel, GenerationMixin):
             last.remember(inputs_embeds, states, cos_sin, past_key_values)
             return Eagle3MLAOutput(past_key_values=past_key_values)
         states = last(inputs_embeds, states, **attention)
-        logits, states = self.predict(states[:, -logits_to_keep:])
+        logits, states = self.predict(states[:, -logits_to_keep:] if logits_to_keep > 0 else states)
         return Eagle3MLAOutput(logits=logits, states=states, past_key_values=past_key_values)
 
     def fuse(self, aux_hidden_states: Tensor) -> Tensor:

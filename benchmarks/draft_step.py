@@ -81,8 +81,7 @@ class Step:
         attention_input = layer.attention_input(self.rows, self.rows)
         query = attention.ask(attention_input, self.cos_sin)
         write_to_slots(*self.memory, self.slots, *attention.remember(attention_input, self.cos_sin))
-        states = layer.residual(attention_input, self.rows) + attention.output(attend(query))
-        return layer.feed_forward(states)
+        return layer.finish(layer.residual(attention_input, self.rows), attention.output(attend(query)))
 
     def attend_plain(self, query: torch.Tensor) -> torch.Tensor:
         """As the model does: MLA in the cheaper of its two forms, or standard attention."""

@@ -6,6 +6,7 @@
     write                keys and values into their slots   `slot_writing.py`
     normalise            RMSNorm                            `fused_norm.py`
     add_and_normalise    a sum and the RMSNorm behind it    `fused_residual.py`
+    normalise_both       two RMSNorms side by side          `fused_draft_layer.py`
 
 Sums and products are float32, and rounded wherever the operations they replace round.
 
@@ -350,11 +351,72 @@ def _norm_kernel(
         residual = tl.load(residual_ptr + place, mask=is_needed, other=0.0)
         states = (residual.to(tl.float32) + states.to(tl.float32)).to(states.dtype)
         tl.store(sums_ptr + place, states, mask=is_needed)
+    tl.store(normed_ptr + place, _normed(states, eps, width, ROUNDS_FIRST) * weight, mask=is_needed)
+
+
+@triton.jit
+def _normed(states, eps, width, ROUNDS_FIRST: tl.constexpr):
     wide = states.to(tl.float32)
     normed = wide * tl.rsqrt(tl.sum(wide * wide, axis=1) / width + eps)[:, None]
-    if ROUNDS_FIRST:
-        normed = normed.to(states.dtype).to(tl.float32)
-    tl.store(normed_ptr + place, normed * weight, mask=is_needed)
+    return normed.to(states.dtype).to(tl.float32) if ROUNDS_FIRST else normed
+
+
+def normalise_both(
+    first: Tensor,
+    second: Tensor,
+    first_weight: Tensor,
+    second_weight: Tensor,
+    eps: float,
+    rounds_first: bool,
+    adds_one: bool,
+) -> Tensor:
+    """See `normalise_both_by_definition`."""
+    first, second = first.contiguous(), second.contiguous()
+    width = first.shape[-1]
+    normed = first.new_empty(*first.shape[:-1], 2 * width)
+    block = triton.next_power_of_2(width)
+    with torch.cuda.device_of(first):
+        _norm_both_kernel[first.numel() // width, 2](
+            first,
+            second,
+            first_weight,
+            second_weight,
+            normed,
+            eps,
+            width,
+            ROUNDS_FIRST=rounds_first,
+            ADDS_ONE=adds_one,
+            BLOCK=block,
+            num_warps=8 if block > 2048 else 4,
+        )
+    return normed
+
+
+@triton.jit
+def _norm_both_kernel(
+    first_ptr,
+    second_ptr,
+    first_weight_ptr,
+    second_weight_ptr,
+    normed_ptr,
+    eps,
+    width,
+    ROUNDS_FIRST: tl.constexpr,
+    ADDS_ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, half = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    column = tl.arange(0, BLOCK)[None, :]
+    is_column = column < width
+    states_ptr, weight_ptr = first_ptr, first_weight_ptr
+    if half == 1:
+        states_ptr, weight_ptr = second_ptr, second_weight_ptr
+    states = tl.load(states_ptr + row * width + column, mask=is_column, other=0.0)
+    weight = tl.load(weight_ptr + column, mask=is_column, other=0.0).to(tl.float32)
+    if ADDS_ONE:
+        weight += 1
+    normed = _normed(states, eps, width, ROUNDS_FIRST) * weight
+    tl.store(normed_ptr + (2 * row + half) * width + column, normed, mask=is_column)
 
 
 def cos_sin(positions: Tensor, inv_freq: Tensor, scaling: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

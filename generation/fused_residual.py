@@ -92,8 +92,22 @@ def run_layer(layer: nn.Module, norm: UsualNorm, ahead: NormAhead | None, hidden
         ahead ([`NormAhead`], *optional*): What the output goes through next.
     """
     attended, _ = layer.self_attn(hidden_states=layer.input_layernorm(hidden_states), **kwargs)
-    sums, normed = add_and_normalise(hidden_states, attended, norm)
-    states = layer.mlp(normed)
+    return finish_layer(layer.mlp, norm, ahead, hidden_states, attended)
+
+
+def finish_layer(
+    mlp: nn.Module, norm: UsualNorm, ahead: NormAhead | None, residual: Tensor, attended: Tensor
+) -> Tensor:
+    """
+    What a layer does behind its attention, `(..., D)` -> `(..., D)`.
+
+    Args:
+        mlp (`nn.Module`): Of the layer.
+        norm ([`UsualNorm`]), ahead ([`NormAhead`], *optional*): As for [`run_layer`].
+        residual (`torch.Tensor`), attended (`torch.Tensor`): What is added up.
+    """
+    sums, normed = add_and_normalise(residual, attended, norm)
+    states = mlp(normed)
     if ahead is None or sums.is_inference():  # such tensors do not tell whether somebody has written to them
         return sums + states
     sums, normed = add_and_normalise(sums, states, ahead.norm)

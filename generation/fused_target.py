@@ -2,7 +2,9 @@
 
     attention    to a tree by `tree_attention.py`: no mask of all slots, keys and values are not repeated for every
                  query head, and slots that are not in use, or not in a layer's window, cost nothing
-    RMSNorm      one kernel instead of six (`fused_norm.py`), with the sum before it (`fused_residual.py`)
+    RMSNorm      one kernel instead of six (`fused_norm.py`), with the sum before it (`fused_residual.py`, of the draft
+                 `fused_draft_layer.py`)
+    embeddings   picked by indexing (`fused_embedding.py`)
     RoPE         one kernel instead of ten (`fused_rope.py`)
     MLP          the gate in one kernel instead of two (`fused_mlp.py`), the draft's as well
     projections  of the same states on streams beside each other (`sibling_projections.py`), and so is what the draft's
@@ -24,6 +26,8 @@ from functools import cache
 from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
+from .fused_draft_layer import fused_draft_layers
+from .fused_embedding import indexed_embeddings
 from .fused_mlp import fused_mlps
 from .fused_norm import fused_norms
 from .fused_residual import fused_residuals
@@ -182,6 +186,7 @@ def fused_operations(target: PreTrainedModel, draft: nn.Module) -> Iterator[None
         fused_norms(target),
         fused_rope(target),
         fused_mlps(target),
+        indexed_embeddings(target.get_input_embeddings(), draft.get_input_embeddings()),
         sibling_projections(target, TARGET_FAMILIES),  # behind them: they try what they replace
         fused_draft_operations(draft),
     ):
@@ -192,6 +197,7 @@ def fused_operations(target: PreTrainedModel, draft: nn.Module) -> Iterator[None
 def fused_draft_operations(draft: nn.Module) -> Iterator[None]:
     """As [`fused_operations`], of a draft alone; what its rows remember is computed beside what they ask."""
     with (
+        fused_draft_layers(draft),  # before the norms: it tries them as they are
         fused_norms(draft),
         fused_draft_rope(draft),
         fused_mlps(draft),

@@ -1,6 +1,7 @@
 """The small operations of a captured round: kernels against their definitions, and who gets them."""
 
 import threading
+from collections import Counter
 from functools import partial
 
 import pytest
@@ -24,7 +25,8 @@ from transformers.models.gpt_oss import modeling_gpt_oss
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from eagle3_mla.generation import fused_mlp, fused_residual, fused_rope, slot_writing
+from eagle3_mla.generation import fused_draft_layer, fused_mlp, fused_residual, fused_rope, slot_writing
+from eagle3_mla.generation.fused_embedding import indexed_embeddings
 from eagle3_mla.generation.fused_mlp import ACTIVATIONS, activation_of, fused_mlps, gate_by_definition
 from eagle3_mla.generation.fused_norm import FORMS, fused_norms, normalise_by_definition, usual_norm
 from eagle3_mla.generation.fused_residual import add_and_normalise_by_definition, fused_residuals
@@ -351,6 +353,59 @@ def test_sums_and_norms_equal_their_definition_in_the_interpreter(shape, form):
     compare_norms(shape, form, torch.float16, "cpu")
 
 
+def compare_both(shape, form: tuple[bool, bool], dtype: torch.dtype, device: str) -> None:
+    from eagle3_mla.generation.fused_kernels_triton import normalise, normalise_both
+
+    first, second = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    weights = [torch.randn(shape[-1], device=device).to(dtype) for _ in range(2)]
+    halves = normalise_both(first, second, *weights, 1e-5, *form).split(shape[-1], dim=-1)
+    for half, states, weight in zip(halves, (first, second), weights, strict=True):
+        assert torch.equal(half, normalise(states, weight, 1e-5, *form))
+
+
+@in_interpreter
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 64), (1, 1, 100)], ids=str)
+def test_norms_side_by_side_equal_each_alone_in_the_interpreter(shape, form):
+    pytest.importorskip("triton")
+    compare_both(shape, form, torch.float16, "cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", FORMS, ids=str)
+@pytest.mark.parametrize("shape", [(1, 10, 4096), (4, 10, 2880)], ids=str)
+def test_norms_side_by_side_equal_each_alone_on_a_gpu(shape, form):
+    compare_both(shape, form, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("kind", [{}, {"mla_rope_dim": 4, "embed_residual": True}, {"attention_type": "gqa"}], ids=str)
+@torch.no_grad()
+def test_layers_of_a_draft_are_taken_over_and_compute_the_same(kind, num_layers, monkeypatch):
+    draft = make_draft(half_target("llama"), num_hidden_layers=num_layers, **kind).bfloat16()
+    rows, num_calls = torch.randn(2, 5, draft.config.hidden_size, dtype=torch.bfloat16), Counter()
+    for name in "add_and_normalise", "normalise_both":
+        module = fused_residual if name == "add_and_normalise" else fused_draft_layer
+        function = getattr(module, name)
+
+        def counted(*given, name=name, function=function):
+            num_calls[name] += 1
+            return function(*given)
+
+        monkeypatch.setattr(module, name, counted)
+    with fused_norms(draft):
+        expected = draft(rows, fused_states=rows)
+    with fused_draft_layer.fused_draft_layers(draft), fused_norms(draft):
+        found = draft(rows, fused_states=rows)
+    assert torch.equal(found.logits, expected.logits)
+    assert torch.equal(found.states, expected.states)
+    assert num_calls == {"normalise_both": 1, "add_and_normalise": num_layers + 1}
+    assert not {"attention_input", "finish"} & vars(draft.layers[0]).keys()
+    assert "forward" not in vars(draft.norm)
+    with fused_draft_layer.fused_draft_layers(draft.float()):
+        assert not {"attention_input", "finish"} & vars(draft.layers[0]).keys()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -535,3 +590,19 @@ def test_compilers_get_the_definition(monkeypatch):
     keys, states = torch.zeros(1, 1, 4, 2), torch.ones(1, 1, 1, 2)
     slot_writing.write_to_slots(keys, keys.clone(), torch.tensor([[2]]), states, states)
     assert keys[0, 0].sum(dim=-1).tolist() == [0, 0, 2, 0]
+
+
+@torch.no_grad()
+def test_plain_tables_are_indexed_and_others_left_alone():
+    plain, patched, limited = nn.Embedding(9, 4), nn.Embedding(9, 4), nn.Embedding(9, 4, max_norm=1.0)
+    patched.forward = own = partial(nn.Embedding.forward, patched)
+    scaled = TARGETS["gemma3-window-8"]().get_input_embeddings()
+    ids = torch.tensor([[3, 0], [8, 3]])
+    expected = plain(ids)
+    with indexed_embeddings(plain, patched, limited, scaled, None):
+        assert "forward" in vars(plain)
+        assert torch.equal(plain(ids), expected)
+        assert patched.forward is own
+        assert "forward" not in vars(limited)
+        assert "forward" not in vars(scaled)
+    assert "forward" not in vars(plain)
