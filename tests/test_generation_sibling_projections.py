@@ -9,6 +9,7 @@ import pytest
 import torch
 from captured_layers import BIG, KINDS, PAUSE, SMALL, captured_rounds, make_layers, replay_captured
 from fake_streams import FakeStreams
+from peft import LoraConfig, get_peft_model
 from reference_generation import TARGETS, make_draft, make_prompts, set_tree
 from torch import nn
 from transformers import LlamaConfig
@@ -141,7 +142,7 @@ def test_all_streams_part_before_and_join_after_an_error_in_any_sibling(name, fa
     assert fakes.entered[-1].name == "current"
 
 
-def test_after_an_error_everything_is_computed_anew(attention, fakes, monkeypatch):
+def test_after_an_error_everything_is_computed_anew(attention, fakes):
     states = torch.randn(2, 8)
     attention.q_proj(states)
     with pytest.raises(RuntimeError, match="shape"):
@@ -320,7 +321,19 @@ def test_families_of_a_target(names, are_siblings):
 
 
 @torch.no_grad()
-def test_hooks_behind_projections_run_with_what_they_change(fakes, monkeypatch):
+def test_target_with_an_adapter_on_one_projection_has_the_other_families(fakes):
+    target, prompt = TARGETS["llama"]().eval(), make_prompts([5, 3])
+    target = get_peft_model(target, LoraConfig(target_modules=["k_proj"], init_lora_weights=False)).eval()
+    expected = target(**prompt).logits
+    with with_siblings(target, TARGET_FAMILIES):
+        assert torch.equal(target(**prompt).logits, expected)
+        layer = target.base_model.model.model.layers[0]
+        assert not any("forward" in vars(each) for each in layer.self_attn.modules())
+        assert "forward" in vars(layer.mlp.up_proj)
+
+
+@torch.no_grad()
+def test_hooks_behind_projections_run_with_what_they_change(fakes):
     target, prompt, called = TARGETS["llama"]().eval(), make_prompts([5, 3]), []
 
     def negate(module, inputs, output):
@@ -505,16 +518,13 @@ SLOW = {
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in SLOW.items() for name in names])
 def test_siblings_of_a_draft_wait_for_each_other_whichever_is_slow(kind, name, monkeypatch):
     draft = make_layers(kind, BIG, num_layers=2).cuda().bfloat16()
-    with monkeypatch.context() as patch, fused_draft_operations_in_line(draft, patch):
-        expected = captured_rounds(draft, 3)
+    with monkeypatch.context() as patch:
+        one_after_the_other(patch)
+        with fused_draft_operations(draft):
+            expected = captured_rounds(draft, 3)
     slow_down(name, draft, monkeypatch)
     with fused_draft_operations(draft):
         assert all(map(torch.equal, captured_rounds(draft, 3), expected))
-
-
-def fused_draft_operations_in_line(draft: nn.Module, patch):
-    one_after_the_other(patch)
-    return fused_draft_operations(draft)
 
 
 @pytest.mark.gpu
