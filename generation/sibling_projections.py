@@ -85,8 +85,8 @@ class Siblings:
     """
     Projections of one module that get the same states.
 
-    Only in the thread that made them; on the CPU each computes its own output, and so it does for tensors that do not
-    tell whether somebody has written to them.
+    Only in the thread that made them; on the CPU and for a compiler each computes its own output, and so it does for
+    tensors that do not tell whether somebody has written to them.
 
     Args:
         projections (`dict[str, nn.Linear]`): By name.
@@ -99,13 +99,21 @@ class Siblings:
         self.thread = threading.get_ident()
         self.computed: Computed | None = None
 
-    def forward(self, name: str, states: Tensor) -> Tensor:
+    def forward(self, name: str, input: Tensor) -> Tensor:  # named as in `nn.Linear`, for calls by keyword
         """The forward of one of them. **Effects**: the first computes all."""
-        if threading.get_ident() != self.thread or not states.is_cuda or states.is_inference():
-            return self.plain[name](states)
-        current = torch.cuda.current_stream(states.device)
-        computed = None if self.computed is None else self.computed.take(name, states, current)
-        return self.compute_all(name, states, current) if computed is None else computed
+        if not self.may_part(input):
+            return self.plain[name](input)
+        current = torch.cuda.current_stream(input.device)
+        output = None if self.computed is None else self.computed.take(name, input, current)
+        if output is None:
+            return self.compute_all(name, input, current)
+        if not self.computed.outputs:
+            self.computed = None  # or the states of every layer would stay in memory
+        return output
+
+    def may_part(self, states: Tensor) -> bool:
+        is_seen = not torch.compiler.is_compiling() and states.is_cuda and not states.is_inference()
+        return is_seen and threading.get_ident() == self.thread
 
     def compute_all(self, name: str, states: Tensor, current: torch.cuda.Stream) -> Tensor:
         """The output of one of them. **Effects**: those of the others are there, too, and `current` waits for them."""
@@ -113,9 +121,10 @@ class Siblings:
         fork, outputs = current.record_event(), {}
         others = {other: plain for other, plain in self.plain.items() if other != name}
         sides = [side_stream(states.device, self.first_side + index) for index in range(len(others))]
+        for side in sides:  # all before the first computes: none that did not part can join after an error
+            side.wait_event(fork)
         try:
             for (other, plain), side in zip(others.items(), sides, strict=True):
-                side.wait_event(fork)
                 with torch.cuda.stream(side):
                     outputs[other] = plain(states)
             output = self.plain[name](states)
@@ -134,8 +143,7 @@ def sibling_projections(model: nn.Module, families: tuple[Family, ...]) -> Itera
             children = dict(module.named_children())
             for family in families:
                 projections = {name: children[name] for name in family.names if is_plain(children.get(name))}
-                widths = {projection.in_features for projection in projections.values()}
-                if len(projections) < len(family.names) or len(widths) > 1:
+                if len(projections) < len(family.names) or len(set(map(takes, projections.values()))) > 1:
                     continue
                 siblings = Siblings(projections, family.first_side)
                 for name, projection in projections.items():
@@ -146,4 +154,11 @@ def sibling_projections(model: nn.Module, families: tuple[Family, ...]) -> Itera
 
 def is_plain(module: nn.Module | None) -> bool:
     """Whether a module is a matrix product and nothing else: no adapter, no quantised weights, no fetching of any."""
-    return type(module) is nn.Linear and "forward" not in vars(module)
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:
+        return False
+    return "forward" not in vars(module) and not module._forward_pre_hooks  # these may change the weights
+
+
+def takes(projection: nn.Linear) -> tuple[int, torch.dtype, torch.device]:
+    """Which states a projection can be given."""
+    return projection.in_features, projection.weight.dtype, projection.weight.device

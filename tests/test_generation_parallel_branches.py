@@ -1,88 +1,50 @@
 """Two branches of the draft's attention: who runs where and waits for whom, and the same bits whichever is slower."""
 
 import threading
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
+from captured_layers import BIG, KINDS, PAUSE, SMALL, captured_rounds, make_layers
+from fake_streams import FakeStreams
 from reference_generation import TARGETS, make_draft, make_prompts, set_tree
 
-from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
 from eagle3_mla.generation import fused_target, parallel_branches
-from eagle3_mla.generation.capture import capture
 from eagle3_mla.generation.fused_target import fused_draft_operations
 from eagle3_mla.modeling_eagle3_mla import (
     Eagle3MLADecoderLayer,
-    Eagle3MLADraftModel,
     GroupedQueryAttention,
     LatentAttention,
 )
 
-KINDS = {
-    "R0": {"attention_type": "mla", "mla_rope_dim": 0},
-    "R64": {"attention_type": "mla", "mla_rope_dim": 64},
-    "gqa": {"attention_type": "gqa"},
-}
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "head_dim": 8}
-# Large enough for the matrix products that large heads have, and for branches that really run at once.
-BIG = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16, "head_dim": 128}
-NUM_FORWARDS = 4
 NUM_REPLAYS = 50
-# Of a GPU's clock: some hundred microseconds, longer than any branch takes.
-PAUSE = 400_000
-
-
-def make_layers(kind: str, sizes: dict[str, int], num_layers: int = 1) -> Eagle3MLADraftModel:
-    settings = {"vocab_size": 40, "draft_vocab_size": 30, "num_key_value_heads": 2, "initializer_range": 0.05}
-    config = Eagle3MLAConfig(num_hidden_layers=num_layers, **settings, **sizes, **KINDS[kind])
-    return Eagle3MLADraftModel(config).eval()
-
-
-class FakeStream:
-    """Writes down what it is told."""
-
-    def __init__(self, name: str, log: list[str]):
-        self.name, self.log = name, log
-
-    def record_event(self) -> str:
-        self.log.append(f"{self.name} records an event")
-        return "event"
-
-    def wait_event(self, event: str) -> None:
-        self.log.append(f"{self.name} waits for the {event}")
-
-    def wait_stream(self, other: "FakeStream") -> None:
-        self.log.append(f"{self.name} waits for {other.name}")
 
 
 @pytest.fixture
 def log(monkeypatch) -> list[str]:
-    """What happens on which stream, with tensors that take themselves for a GPU's."""
-    lines: list[str] = []
-    current, side = [FakeStream("current", lines)], FakeStream("side", lines)
-
-    @contextmanager
-    def on(stream):
-        current.append(stream)
-        try:
-            yield
-        finally:
-            current.pop()
+    """What happens on which stream."""
+    streams = FakeStreams(monkeypatch)
 
     def logged(name, method, *given, **others):
-        lines.append(f"{name} on {current[-1].name}")
+        streams.note(name)
         return method(*given, **others)
 
     for kind in LatentAttention, GroupedQueryAttention:
         for name in parallel_branches.METHODS:
             watched = partial(logged, name, getattr(kind, name))
             monkeypatch.setattr(kind, name, lambda *given, watched=watched, **others: watched(*given, **others))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: current[-1])
-    monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(parallel_branches, "side_stream", lambda device: side)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    return lines
+    return streams.log
+
+
+def lines_of_layer(number: int) -> list[str]:
+    return [
+        f"current records event {number}",
+        "ask on current",
+        f"side 0 waits for event {number}",
+        "remember on side 0",
+        "current waits for side 0",
+    ]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,14 +56,7 @@ def test_memory_is_computed_on_the_side_between_fork_and_join(kind, log):
     log.clear()
     with parallel_branches.parallel_branches(draft):
         found = draft(rows, fused_states=rows)
-    of_layer = [
-        "current records an event",
-        "ask on current",
-        "side waits for the event",
-        "remember on side",
-        "current waits for side",
-    ]
-    assert log == 2 * of_layer
+    assert log == [*lines_of_layer(1), *lines_of_layer(2)]
     assert torch.equal(found.logits, expected.logits)
     assert torch.equal(found.states, expected.states)
 
@@ -117,7 +72,7 @@ def test_branches_join_after_an_error_too(log, monkeypatch):
     draft, rows = make_layers("R64", SMALL), torch.randn(1, 3, 32)
     with parallel_branches.parallel_branches(draft), pytest.raises(torch.OutOfMemoryError, match="no room"):
         draft(rows, fused_states=rows)
-    assert log[-1] == "current waits for side"
+    assert log[-1] == "current waits for side 0"
 
 
 def plain_calls(draft) -> list[str]:
@@ -148,7 +103,7 @@ def test_other_threads_have_one_branch_and_leave_the_fork_of_this_one(log):
         assert log == [*plain_calls(draft), "remember on current"]
         log.clear()
         attention.remember(attention_input, cos_sin)
-    assert "remember on side" in log
+    assert "remember on side 0" in log
 
 
 @torch.no_grad()
@@ -162,7 +117,7 @@ def test_memory_of_other_rows_than_those_that_asked_is_computed_in_line(log):
             attention.ask(attention_input, cos_sin)
             attention.remember(*given)
         attention.remember(attention_input, cos_sin)
-    assert "remember on side" not in log
+    assert "remember on side 0" not in log
     assert log.count("remember on current") == 3
 
 
@@ -207,29 +162,6 @@ def test_nothing_changes_on_the_cpu_nor_for_a_compiled_layer(kind):
     with parallel_branches.parallel_branches(draft):
         assert torch.equal(draft.layers[0](rows, rows, **inputs), expected)
         assert torch.equal(compiled(rows, rows, **inputs), expected)
-
-
-@torch.no_grad()
-def captured_rounds(draft: Eagle3MLADraftModel, num_replays: int) -> list[torch.Tensor]:
-    """What forwards that feed each other compute of changing rows, replayed from one graph."""
-    embeds = torch.empty(1, 10, draft.config.hidden_size, device="cuda", dtype=torch.bfloat16)
-    states = torch.empty_like(embeds)
-
-    def stage() -> torch.Tensor:
-        fed_back, logits = states, []
-        for _ in range(NUM_FORWARDS):
-            outputs = draft(embeds, fused_states=fed_back)
-            fed_back = outputs.states
-            logits.append(outputs.logits)
-        return torch.cat([*logits, fed_back], dim=-1)
-
-    (replay,) = capture([stage], embeds.device)
-    generator, found = torch.Generator("cuda").manual_seed(0), []
-    for _ in range(num_replays):
-        embeds.normal_(generator=generator)
-        states.normal_(generator=generator)
-        found.append(replay().clone())
-    return found
 
 
 def one_branch(monkeypatch) -> None:
