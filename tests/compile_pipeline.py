@@ -5,6 +5,8 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from eagle3_mla.generation import latent_pipeline_gluon as gluon
+from eagle3_mla.generation.latent_tiles_gluon import NUM_WARPS
+from eagle3_mla.generation.latent_tiles_triton import block_of
 
 POINTERS = {
     "query": "bf16",
@@ -29,7 +31,7 @@ def compiled(latent_dim: int, head_dim: int):
         "NUM_GROUPS": 8,
         "LATENT_DIM": latent_dim,
         "KEY_DIM": head_dim // 2,
-        "BLOCK_KEY": gluon.block_of(head_dim // 2),
+        "BLOCK_KEY": block_of(head_dim // 2),
         "NUM_STAGES": gluon.NUM_STAGES,
         "NUM_KEY_TILES": gluon.NUM_KEY_TILES,
         "KEY_REGISTERS": gluon.KEY_REGISTERS,
@@ -37,7 +39,7 @@ def compiled(latent_dim: int, head_dim: int):
     names = [parameter.name for parameter in kernel.params]
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     source = GluonASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": gluon.NUM_WARPS})
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": NUM_WARPS})
 
 
 if __name__ == "__main__":
