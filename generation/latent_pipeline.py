@@ -1,4 +1,7 @@
-"""When attention to latents runs as the pipeline of `latent_pipeline_gluon.py`: on what GPUs, with what compilers."""
+"""When attention to latents runs as the pipeline of `latent_pipeline_gluon.py`: on what GPUs, with what compilers.
+
+And when `latent_twins_gluon.py` takes its place.
+"""
 
 import functools
 import logging
@@ -16,6 +19,9 @@ LATENT_DIMS = (64, 128, 256)
 LEAST_HEAD_DIM = 64
 # Up to so many rows of heads that share keys, only long texts of one sequence gain (H200).
 FEW_ROWS, LONG_CAPACITY = 16, 8192
+# Up to so many rows, which its products have, from this capacity on: at 32k slots 58 µs instead of 66, at 128k 161
+# instead of 210, at 8k the same (4 rows, prototype, H200). Wider heads do not find room in its registers.
+TWIN_ROWS, TWIN_CAPACITY, TWIN_HEAD_DIM = 8, 16384, 128
 # What the device copies by itself begins at a multiple of so many bytes.
 ALIGNMENT = 16
 
@@ -50,6 +56,13 @@ def is_worth_it(query: Tensor, c_kv: Tensor, num_groups: int) -> bool:
     batch_size, num_heads, num_rows, _ = query.shape
     has_many_rows = num_heads // num_groups * num_rows > FEW_ROWS
     return has_many_rows or (batch_size == 1 and c_kv.shape[2] >= LONG_CAPACITY)
+
+
+def twins_are_faster(query: Tensor, c_kv: Tensor, num_groups: int) -> bool:
+    """Whether two groups of warps with a part each are the faster kernel for what the pipeline takes, too."""
+    batch_size, num_heads, num_rows, head_dim = query.shape
+    has_few_rows = batch_size == 1 and num_heads // num_groups * num_rows <= TWIN_ROWS
+    return has_few_rows and head_dim <= TWIN_HEAD_DIM and c_kv.shape[2] >= TWIN_CAPACITY
 
 
 @functools.cache
