@@ -16,12 +16,13 @@ HOPPER = (9, 0)
 # Gluon is experimental: other versions of Triton may compile the kernel to something else, or not at all.
 TRITON_VERSIONS = ("3.6.",)
 LATENT_DIMS = (64, 128, 256)
-LEAST_HEAD_DIM = 64
+# Keys of wider heads, padded to 256 entries, have no room in registers, nor in shared memory beside wide latents.
+HEAD_DIMS = range(64, 129)
 # Up to so many rows of heads that share keys, only long texts of one sequence gain (H200).
 FEW_ROWS, LONG_CAPACITY = 16, 8192
 # Up to so many rows, which its products have, from this capacity on: at 32k slots 58 µs instead of 66, at 128k 161
-# instead of 210, at 8k the same (4 rows, prototype, H200). Wider heads do not find room in its registers.
-TWIN_ROWS, TWIN_CAPACITY, TWIN_HEAD_DIM = 8, 16384, 128
+# instead of 210, at 8k the same (4 rows, prototype, H200).
+TWIN_ROWS, TWIN_CAPACITY = 8, 16384
 # What the device copies by itself begins at a multiple of so many bytes.
 ALIGNMENT = 16
 
@@ -37,7 +38,7 @@ def pipeline_takes(query: Tensor, c_kv: Tensor, num_groups: int) -> bool:
     """
     if not query.is_cuda or torch.cuda.get_device_capability(query.device) != HOPPER:
         return False
-    if c_kv.shape[3] not in LATENT_DIMS or query.shape[3] < LEAST_HEAD_DIM or not can_be_copied(c_kv):
+    if c_kv.shape[3] not in LATENT_DIMS or query.shape[3] not in HEAD_DIMS or not can_be_copied(c_kv):
         return False
     return is_worth_it(query, c_kv, num_groups) and is_known(triton.__version__)
 
@@ -60,9 +61,9 @@ def is_worth_it(query: Tensor, c_kv: Tensor, num_groups: int) -> bool:
 
 def twins_are_faster(query: Tensor, c_kv: Tensor, num_groups: int) -> bool:
     """Whether two groups of warps with a part each are the faster kernel for what the pipeline takes, too."""
-    batch_size, num_heads, num_rows, head_dim = query.shape
-    has_few_rows = batch_size == 1 and num_heads // num_groups * num_rows <= TWIN_ROWS
-    return has_few_rows and head_dim <= TWIN_HEAD_DIM and c_kv.shape[2] >= TWIN_CAPACITY
+    batch_size, num_heads, num_rows, _ = query.shape
+    has_few_rows = num_heads // num_groups * num_rows <= TWIN_ROWS
+    return has_few_rows and batch_size == 1 and c_kv.shape[2] >= TWIN_CAPACITY
 
 
 @functools.cache
