@@ -167,25 +167,25 @@ def _attend_part(
 ):
     """The running softmax over all tiles of a part."""
     tiles, weights, step, c_full, c_empty = memory
-    c_kv, first_row, num_parts, length, num_drafted = text
+    begin, num_tiles, out_base = part
+    c_kv, first_row, length, num_drafted = text
     w_uk, query, scaling = heads
-    num_rows, num_group_rows, rows_per_part, out_base = rows
+    num_rows, num_group_rows = rows
     inv_freq_ptr, positions_ptr, sees_ptr, partial_ptr, maxima_ptr, totals_ptr = pointers
     LATENT_DIM: gl.constexpr = c_kv.block_shape[1]
     BLOCK_ROWS: gl.constexpr = query.shape[0]
-    begin, num_tiles = tiles_in_part(part, num_parts, length)
     first_row += begin * 64
     place, inv_freq = places_and_frequencies(inv_freq_ptr, KEY_DIM, BLOCK_KEY)
     FREQUENCIES: gl.constexpr = inv_freq.type.layout
     angles = angles_at(begin * 64 + place, inv_freq)
     step_cos, step_sin = cos_sin(64 * inv_freq)
-    # Registers do not suffice for them beside keys and angles.
+    # Every tile wants them again, but beside keys, angles and sums there are no registers left.
     step.index(0).store(step_cos)
     step.index(1).store(step_sin)
     softmax = _empty_softmax(LATENT_DIM, BLOCK_ROWS)
     for stage in gl.static_range(NUM_STAGES):
         load_tile(c_kv, tiles, c_full, first_row, stage, num_tiles, NUM_STAGES)
-    # Before the first drafted slot.
+    # Tiles without drafted slots.
     num_plain = gl.maximum(gl.minimum((length - num_drafted) // 64 - begin, num_tiles), 0)
     for index in range(num_plain):
         tile = tiles.index(index % NUM_STAGES)
@@ -212,14 +212,7 @@ def _attend_part(
         softmax = _add_to_softmax(softmax, scores, tile, weights, scaling)
         _wait_for_all(c_empty, index)
         load_tile(c_kv, tiles, c_full, first_row, index + NUM_STAGES, num_tiles, NUM_STAGES)
-    _store_part(
-        softmax,
-        out_base + part * rows_per_part + in_group,
-        is_row & (num_tiles > 0),
-        partial_ptr,
-        maxima_ptr,
-        totals_ptr,
-    )
+    _store_part(softmax, out_base + in_group, is_row & (num_tiles > 0), partial_ptr, maxima_ptr, totals_ptr)
 
 
 @gluon.jit
@@ -251,12 +244,11 @@ def twin_part_kernel(
     NUM_STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    batch, group, first_part = gl.program_id(2), gl.program_id(0), 2 * gl.program_id(1)
-    num_parts = 2 * gl.num_programs(1)
+    batch, group = gl.program_id(2), gl.program_id(0)
     length = gl.minimum(gl.load(lengths_ptr + batch), num_slots)
     heads_per_group = num_heads // NUM_GROUPS
     num_group_rows = heads_per_group * num_rows
-    first_memory = _own_memory(c_kv, BLOCK_KEY, BLOCK_ROWS, NUM_STAGES)
+    memory = _own_memory(c_kv, BLOCK_KEY, BLOCK_ROWS, NUM_STAGES)
     second_memory = _own_memory(c_kv, BLOCK_KEY, BLOCK_ROWS, NUM_STAGES)
     WIDE_ROWS: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
     w_uk = load_w_uk(w_uk_ptr, group, KEY_DIM, BLOCK_KEY, LATENT_DIM)
@@ -275,20 +267,22 @@ def twin_part_kernel(
 
     sees_ptr += batch * num_rows * num_drafted
     positions_ptr += batch * num_drafted
-    out_base = (batch * num_parts * num_heads + group * heads_per_group) * num_rows
-    text = c_kv, batch * rows_per_sequence, num_parts, length, num_drafted
+    index, num_parts = 2 * gl.program_id(1), 2 * gl.num_programs(1)
+    out_base = ((batch * num_parts + index) * num_heads + group * heads_per_group) * num_rows
+    begin, num_tiles = tiles_in_part(index, num_parts, length)
+    part = begin, num_tiles, out_base
+    begin, num_tiles = tiles_in_part(index + 1, num_parts, length)
+    second_part = begin, num_tiles, out_base + num_heads * num_rows
+    text = c_kv, batch * rows_per_sequence, length, num_drafted
     heads = w_uk, query, scaling
-    rows = num_rows, num_group_rows, num_heads * num_rows, out_base
+    rows = num_rows, num_group_rows
     pointers = inv_freq_ptr, positions_ptr, sees_ptr, partial_ptr, maxima_ptr, totals_ptr
     gl.warp_specialize(
         [
+            (_attend_part, (memory, part, text, heads, rows, pointers, KEY_DIM, BLOCK_KEY, NUM_STAGES)),
             (
                 _attend_part,
-                (first_memory, first_part, text, heads, rows, pointers, KEY_DIM, BLOCK_KEY, NUM_STAGES),
-            ),
-            (
-                _attend_part,
-                (second_memory, first_part + 1, text, heads, rows, pointers, KEY_DIM, BLOCK_KEY, NUM_STAGES),
+                (second_memory, second_part, text, heads, rows, pointers, KEY_DIM, BLOCK_KEY, NUM_STAGES),
             ),
         ],
         [4],
