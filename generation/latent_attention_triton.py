@@ -3,7 +3,8 @@
 With R > 0 a first kernel moves W_uk into the query. The next splits: a program takes some rows of heads that share
 keys and a contiguous part of the slots of a sequence, and reads a tile of latents once, for scores and for values. The
 last joins the parts and applies W_uv. Each starts while the one before ends, and then waits for what that has written.
-With R = 0 the kernel that splits is that of `latent_rotated_triton.py`, or of `latent_pipeline_gluon.py`.
+With R = 0 the kernel that splits is that of `latent_rotated_triton.py`, or one of `latent_pipeline_gluon.py` and
+`latent_twins_gluon.py`.
 
 The number of parts is fixed by the cache's capacity, their bounds by the lengths on the device: a part that has
 nothing to do writes nothing, and the joining kernel knows it by the same arithmetic.
@@ -20,7 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .latent_parts import Parts, sm_count
-from .latent_pipeline import pipeline_takes
+from .latent_pipeline import pipeline_takes, twins_are_faster
 from .latent_rotated_triton import rotated_part_kernel, rotated_tile_bytes, rotated_tile_sizes
 from .latent_tiles_triton import (
     add_to_softmax,
@@ -57,9 +58,13 @@ def attend(
     if k_rope.shape[-1] == 0:
         inv_freq, scaling = projections.inv_freq.contiguous(), scaling * projections.attention_scaling
     if inv_freq is not None and first is None and pipeline_takes(query, c_kv, len(w_uk)):
-        from .latent_pipeline_gluon import pipelined_parts  # not every Triton has Gluon
+        # Not every Triton has Gluon.
+        if twins_are_faster(query, c_kv, len(w_uk)):
+            from .latent_twins_gluon import twin_parts as gluon_parts
+        else:
+            from .latent_pipeline_gluon import pipelined_parts as gluon_parts
 
-        parts = pipelined_parts(query, c_kv, w_uk, inv_freq, lengths, scaling, drafted)
+        parts = gluon_parts(query, c_kv, w_uk, inv_freq, lengths, scaling, drafted)
     else:
         parts = split_parts(query, c_kv, k_rope, w_uk, inv_freq, lengths, scaling, drafted, first)
     return join_parts(parts, lengths, w_uv, num_slots=c_kv.shape[2]).transpose(1, 2)
@@ -165,7 +170,7 @@ def join_parts(parts: Parts, lengths: Tensor, w_uv: Tensor, num_slots: int) -> T
         HEAD_DIM=head_dim,
         BLOCK_ENTRIES=block_entries,
         BLOCK_SLOTS=parts.block_slots,
-        MAX_PARTS=triton.next_power_of_2(parts.max_programs),
+        MAX_PARTS=triton.next_power_of_2(parts.max_parts),
         BLOCK_PARTS=JOINED_PARTS,
         OVERLAPS=output.is_cuda,
         num_warps=8,

@@ -14,7 +14,6 @@ Shapes: L = 64 slots of a tile, N = 64 query rows, C latent, F frequencies; the 
 lie side by side, 2F in all.
 """
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -22,22 +21,30 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .latent_parts import Parts, sm_count
-from .latent_tiles_triton import block_of, cos_sin, turned
+from .latent_tiles_gluon import (
+    BLOCK_SLOTS,
+    clear_behind,
+    kernel_arguments,
+    load_query,
+    load_tile,
+    load_w_uk,
+    own_angles,
+    places_and_frequencies,
+    product_of,
+    tiles_in_part,
+    turned_keys,
+)
+from .latent_tiles_triton import angles_at, cos_sin, turned
 
-# The kernel is written for these sizes: 64 of each, and 4 warps in each of its two groups.
-BLOCK_SLOTS = BLOCK_ROWS = 64
+BLOCK_ROWS = 64
 NUM_STAGES, NUM_KEY_TILES = 3, 2
-NUM_WARPS = 4
 # Of a thread that makes keys: the angles of a tile, and its keys, take half of them.
 KEY_REGISTERS = 216
-DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}
 
 
 def pipelined_parts(
@@ -49,83 +56,16 @@ def pipelined_parts(
     scaling: float,
     drafted: tuple[Tensor, Tensor, int],
 ) -> Parts:
-    """
-    Starts the pipeline, which fills the parts that are returned.
-
-    Args:
-        query (`torch.Tensor` of shape `(B, H, W, d)`), c_kv (`torch.Tensor` of shape `(B, 1, T, C)`), w_uk
-            (`torch.Tensor` of shape `(G, d, C)`), inv_freq (`torch.Tensor` of shape `(d / 2,)`), lengths
-            (`torch.Tensor` of shape `(B,)`): As for `attend_latents`.
-        scaling (`float`): Positive factor of the scores, which are logarithms to base 2.
-        drafted (`tuple`): What `drafted_inputs` gives.
-    """
+    """Starts the pipeline, which fills the parts that are returned; for its arguments see `kernel_arguments`."""
     batch_size, num_heads, num_rows, _ = query.shape
-    (num_groups, head_dim, latent_dim), (sees, positions, num_drafted) = w_uk.shape, drafted
+    num_groups = len(w_uk)
     num_row_tiles = triton.cdiv(num_heads // num_groups * num_rows, BLOCK_ROWS)
     parts = Parts.empty(query, c_kv, batch_size * num_groups * num_row_tiles, BLOCK_SLOTS, sm_count(query.device))
+    arguments, sizes = kernel_arguments(query, c_kv, w_uk, inv_freq, lengths, scaling, drafted, parts)
     pipelined_part_kernel[num_row_tiles * num_groups, parts.sums.shape[1], batch_size](
-        query,
-        as_matrix(c_kv),
-        w_uk,
-        inv_freq,
-        sees,
-        positions,
-        lengths,
-        parts.sums,
-        parts.maxima,
-        parts.totals,
-        scaling,
-        *query.stride()[:3],
-        rows_per_sequence(c_kv),
-        c_kv.shape[2],
-        num_heads,
-        num_rows,
-        num_drafted,
-        NUM_GROUPS=num_groups,
-        LATENT_DIM=latent_dim,
-        KEY_DIM=head_dim // 2,
-        BLOCK_KEY=block_of(head_dim // 2),
-        NUM_STAGES=NUM_STAGES,
-        NUM_KEY_TILES=NUM_KEY_TILES,
-        KEY_REGISTERS=KEY_REGISTERS,
-        num_warps=NUM_WARPS,
+        *arguments, **sizes, NUM_STAGES=NUM_STAGES, NUM_KEY_TILES=NUM_KEY_TILES, KEY_REGISTERS=KEY_REGISTERS
     )
     return parts
-
-
-def as_matrix(c_kv: Tensor) -> TensorDescriptor:
-    """The slots of all sequences as rows, of which the device copies a tile at a time."""
-    batch_size, _, num_slots, latent_dim = c_kv.shape
-    shape = [(batch_size - 1) * rows_per_sequence(c_kv) + num_slots, latent_dim]
-    tile = [BLOCK_SLOTS, latent_dim]
-    layout = gl.NVMMASharedLayout.get_default_for(tile, DTYPES[c_kv.dtype])
-    return TensorDescriptor(c_kv, shape, [c_kv.stride(2), 1], tile, layout)
-
-
-def rows_per_sequence(c_kv: Tensor) -> int:
-    """From a slot of one sequence to the same of the next, in rows."""
-    return c_kv.stride(0) // c_kv.stride(2) if len(c_kv) > 1 else c_kv.shape[2]
-
-
-@gluon.jit
-def _load_tile(c_kv, tiles, c_full, first_row, index, num_tiles, NUM_STAGES: gl.constexpr):
-    """Begins to copy tile `index`, if there is one; `c_full` says when it is there."""
-    stage, is_tile = index % NUM_STAGES, index < num_tiles
-    mbarrier.expect(c_full.index(stage), c_kv.block_type.nbytes, pred=is_tile)
-    row = first_row + index * 64
-    tma.async_copy_global_to_shared(c_kv, [row, 0], c_full.index(stage), tiles.index(stage), pred=is_tile)
-
-
-@gluon.jit
-def _clear_behind(tile, num_held, LATENT_DIM: gl.constexpr):
-    """Zeros in the slots from `num_held` on, which may contain anything."""
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    is_held = gl.arange(0, 64, layout=gl.SliceLayout(1, ROWS)) < num_held
-    for chunk in gl.static_range(LATENT_DIM // 64):
-        part = tile.slice(chunk * 64, 64, dim=1)
-        latents = part.load(ROWS)
-        part.store(gl.where(is_held[:, None], latents, gl.zeros_like(latents)))
-    fence_async_shared()
 
 
 @gluon.jit
@@ -149,32 +89,22 @@ def _make_keys(
     NUM_KEY_TILES: gl.constexpr,
 ):
     """Turned keys of every tile; drafted slots have positions of their own."""
-    KEYS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BLOCK_KEY, 16])
-    no_keys = gl.zeros([64, 2 * BLOCK_KEY], gl.float32, KEYS)
-    half, _half = gl.split(gl.reshape(no_keys, [64, BLOCK_KEY, 2]))
-    HALF: gl.constexpr = half.type.layout
-    place = gl.arange(0, 64, layout=gl.SliceLayout(1, HALF))
-    entry = gl.arange(0, BLOCK_KEY, layout=gl.SliceLayout(0, HALF))
-    inv_freq = gl.load(inv_freq_ptr + entry, mask=entry < KEY_DIM, other=0.0)
-    angles = cos_sin((begin * 64 + place).to(gl.float32)[:, None] * inv_freq[None, :])
+    place, inv_freq = places_and_frequencies(inv_freq_ptr, KEY_DIM, BLOCK_KEY)
+    angles = angles_at(begin * 64 + place, inv_freq)
     step_cos, step_sin = cos_sin(64 * inv_freq)
     for index in range(num_tiles):
         tile = tiles.index(index % NUM_STAGES)
         mbarrier.wait(c_full.index(index % NUM_STAGES), index // NUM_STAGES & 1)
         first = (begin + index) * 64
         if first + 64 > length - num_drafted:
-            slot, drafted = first + place, first + place - (length - num_drafted)
-            own = gl.load(positions_ptr + drafted, mask=(drafted >= 0) & (slot < length), other=0)
-            angles = cos_sin(gl.where(drafted >= 0, own, slot).to(gl.float32)[:, None] * inv_freq[None, :])
+            angles = own_angles(first + place, length, num_drafted, positions_ptr, inv_freq)
             if first + 64 > length:
-                _clear_behind(tile, length - first, LATENT_DIM)
-        made = warpgroup_mma(tile, w_uk.permute((1, 0)), no_keys, use_acc=False)
-        first_half, second_half = turned(gl.split(gl.reshape(made, [64, BLOCK_KEY, 2])), angles)
-        pairs = gl.join(first_half.to(keys.dtype), second_half.to(keys.dtype))
+                clear_behind(tile, length - first, LATENT_DIM)
+        made = turned_keys(tile, w_uk, angles, keys.dtype, BLOCK_KEY)
         angles = turned(angles, (step_cos[None, :], step_sin[None, :]))
         place_in_ring = index % NUM_KEY_TILES
         mbarrier.wait(k_empty.index(place_in_ring), (index // NUM_KEY_TILES & 1) ^ 1)
-        keys.index(place_in_ring).store(gl.convert_layout(gl.reshape(pairs, [64, 2 * BLOCK_KEY]), KEYS))
+        keys.index(place_in_ring).store(made)
         fence_async_shared()
         mbarrier.arrive(k_full.index(place_in_ring), count=1)
 
@@ -232,8 +162,8 @@ def _attend(
 
     A tile of latents is free as soon as its values are summed: whoever made keys of it was done before.
     """
-    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, LATENT_DIM, 16])
+    SCORES: gl.constexpr = product_of(64)
+    SUMS: gl.constexpr = product_of(LATENT_DIM)
     SUMS_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, SUMS, 2)
     in_group = row_tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
@@ -243,7 +173,7 @@ def _attend(
     maximum = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
     for stage in gl.static_range(NUM_STAGES):
-        _load_tile(c_kv, tiles, c_full, first_row, stage, num_tiles, NUM_STAGES)
+        load_tile(c_kv, tiles, c_full, first_row, stage, num_tiles, NUM_STAGES)
     if num_tiles > 0:
         mbarrier.wait(k_full.index(0), 0)
         coming = _begin_scores(query, keys.index(0), no_scores)
@@ -263,7 +193,7 @@ def _attend(
             scores = warpgroup_mma_wait(1, deps=(coming,))
             mbarrier.arrive(k_empty.index(next_place), count=1)
             sums = warpgroup_mma_wait(0, deps=(adding,))
-            _load_tile(c_kv, tiles, c_full, first_row, index + NUM_STAGES, num_tiles, NUM_STAGES)
+            load_tile(c_kv, tiles, c_full, first_row, index + NUM_STAGES, num_tiles, NUM_STAGES)
         last = num_tiles - 1
         weights, maximum, total, shrink = _weigh(
             scores, maximum, total, sees_ptr, row, is_row, (begin + last) * 64, length, num_drafted, scaling
@@ -311,21 +241,15 @@ def pipelined_part_kernel(
     dtype: gl.constexpr = c_kv.dtype
     batch = gl.program_id(2)
     length = gl.minimum(gl.load(lengths_ptr + batch), num_slots)
-    tiles_in_text = gl.cdiv(length, 64)
-    tiles_per_part = gl.cdiv(tiles_in_text, gl.num_programs(1))
-    begin = gl.program_id(1) * tiles_per_part
-    num_tiles = gl.maximum(gl.minimum(begin + tiles_per_part, tiles_in_text) - begin, 0)
+    begin, num_tiles = tiles_in_part(gl.program_id(1), gl.num_programs(1), length)
     group, row_tile = gl.program_id(0) % NUM_GROUPS, gl.program_id(0) // NUM_GROUPS
     heads_per_group = num_heads // NUM_GROUPS
     num_group_rows = heads_per_group * num_rows
 
-    W_UK: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * BLOCK_KEY, LATENT_DIM], dtype)
     HEADS: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 2 * BLOCK_KEY], dtype)
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     tiles = gl.allocate_shared_memory(dtype, [NUM_STAGES, 64, LATENT_DIM], c_kv.layout)
-    w_uk = gl.allocate_shared_memory(dtype, [2 * BLOCK_KEY, LATENT_DIM], W_UK)
     keys = gl.allocate_shared_memory(dtype, [NUM_KEY_TILES, 64, 2 * BLOCK_KEY], HEADS)
-    query = gl.allocate_shared_memory(dtype, [64, 2 * BLOCK_KEY], HEADS)
     c_full = gl.allocate_shared_memory(gl.int64, [NUM_STAGES, 1], BARRIER)
     k_full = gl.allocate_shared_memory(gl.int64, [NUM_KEY_TILES, 1], BARRIER)
     k_empty = gl.allocate_shared_memory(gl.int64, [NUM_KEY_TILES, 1], BARRIER)
@@ -335,22 +259,19 @@ def pipelined_part_kernel(
         mbarrier.init(k_full.index(place_in_ring), count=1)
         mbarrier.init(k_empty.index(place_in_ring), count=1)
 
-    # The two entries that RoPE mixes come from the halves of a head, as in Llama.
-    WIDE: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    key_row = gl.arange(0, 2 * BLOCK_KEY, layout=gl.SliceLayout(1, WIDE))
-    latent = gl.arange(0, 64, layout=gl.SliceLayout(0, WIDE))
-    w_offset = (group * 2 * KEY_DIM + key_row % 2 * KEY_DIM + key_row // 2) * LATENT_DIM
-    is_key_row = (key_row // 2 < KEY_DIM)[:, None]
-    for chunk in gl.static_range(LATENT_DIM // 64):
-        address = w_uk_ptr + w_offset[:, None] + (chunk * 64 + latent)[None, :]
-        w_uk.slice(chunk * 64, 64, dim=1).store(gl.load(address, mask=is_key_row, other=0.0))
-    entry = gl.arange(0, 2 * BLOCK_KEY, layout=gl.SliceLayout(0, WIDE))
-    in_group = row_tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, WIDE))
-    head = group * heads_per_group + in_group // num_rows
-    query_offset = batch.to(gl.int64) * query_batch + head * query_head + in_group % num_rows * query_row
-    is_entry = (in_group < num_group_rows)[:, None] & (entry // 2 < KEY_DIM)[None, :]
-    address = query_ptr + query_offset[:, None] + (entry % 2 * KEY_DIM + entry // 2)[None, :]
-    query.store(gl.load(address, mask=is_entry, other=0.0))
+    WIDE_ROWS: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+    w_uk = load_w_uk(w_uk_ptr, group, KEY_DIM, BLOCK_KEY, LATENT_DIM)
+    query = load_query(
+        query_ptr + batch.to(gl.int64) * query_batch,
+        group * heads_per_group,
+        row_tile * 64 + gl.arange(0, 64, layout=WIDE_ROWS),
+        num_group_rows,
+        num_rows,
+        query_head,
+        query_row,
+        KEY_DIM,
+        BLOCK_KEY,
+    )
     fence_async_shared()
 
     out_base = ((batch * gl.num_programs(1) + gl.program_id(1)) * num_heads + group * heads_per_group) * num_rows
