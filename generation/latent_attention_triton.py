@@ -170,7 +170,7 @@ def join_parts(parts: Parts, lengths: Tensor, w_uv: Tensor, num_slots: int) -> T
         HEAD_DIM=head_dim,
         BLOCK_ENTRIES=block_entries,
         BLOCK_SLOTS=parts.block_slots,
-        MAX_PARTS=triton.next_power_of_2(parts.max_parts),
+        MAX_PARTS=block_of(num_parts),
         BLOCK_PARTS=JOINED_PARTS,
         OVERLAPS=output.is_cuda,
         num_warps=8,
@@ -391,21 +391,63 @@ def _join_kernel(
         gdc_wait()
 
     first_row = batch * num_parts * num_heads * num_rows + tl.program_id(0)
+    # The first parts are on their way while their maxima are compared.
+    partial, some_maxima = _parts_from(
+        0,
+        partial_ptr,
+        maxima_ptr,
+        first_row,
+        num_heads * num_rows,
+        num_written,
+        latent,
+        is_latent,
+        LATENT_DIM,
+        BLOCK_PARTS,
+    )
     part = tl.arange(0, MAX_PARTS)
     statistic = first_row + part * num_heads * num_rows
     maxima = tl.load(maxima_ptr + statistic, mask=part < num_written, other=float("-inf"))
+    totals = tl.load(totals_ptr + statistic, mask=part < num_written, other=0.0)
     maximum = tl.max(maxima, axis=0)
     maximum = tl.where(maximum == float("-inf"), 0.0, maximum)
-    totals = tl.load(totals_ptr + statistic, mask=part < num_written, other=0.0)
     total = tl.sum(totals * tl.exp2(maxima - maximum), axis=0)
-    sums = tl.zeros([BLOCK_PARTS, BLOCK_LATENT], tl.float32)
-    for begin in range(0, num_written, BLOCK_PARTS):
-        some = begin + tl.arange(0, BLOCK_PARTS)
-        in_row = first_row + some * num_heads * num_rows
-        partial = load_rows(partial_ptr, in_row * LATENT_DIM, some < num_written, latent, is_latent)
-        some_maxima = tl.load(maxima_ptr + in_row, mask=some < num_written, other=float("-inf"))
+    sums = partial * tl.exp2(some_maxima - maximum)[:, None]
+    for begin in range(BLOCK_PARTS, num_written, BLOCK_PARTS):
+        partial, some_maxima = _parts_from(
+            begin,
+            partial_ptr,
+            maxima_ptr,
+            first_row,
+            num_heads * num_rows,
+            num_written,
+            latent,
+            is_latent,
+            LATENT_DIM,
+            BLOCK_PARTS,
+        )
         sums += partial * tl.exp2(some_maxima - maximum)[:, None]
     latents = tl.sum(sums, axis=0) / tl.where(total > 0, total, 1.0)
     values = tl.sum(w_uv.to(tl.float32) * latents[None, :], axis=1)
     out_offset = ((batch * num_rows + row) * num_heads + head) * HEAD_DIM
     tl.store(output_ptr + out_offset + entry, values.to(output_ptr.dtype.element_ty), mask=is_entry)
+
+
+@triton.jit
+def _parts_from(
+    begin,
+    partial_ptr,
+    maxima_ptr,
+    first_row,
+    row_step,
+    num_written,
+    latent,
+    is_latent,
+    LATENT_DIM: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+):
+    """Sums and maxima of a row in some parts; zeros and minus infinity behind those that were written."""
+    some = begin + tl.arange(0, BLOCK_PARTS)
+    in_row = first_row + some * row_step
+    is_written = some < num_written
+    partial = load_rows(partial_ptr, in_row * LATENT_DIM, is_written, latent, is_latent)
+    return partial, tl.load(maxima_ptr + in_row, mask=is_written, other=float("-inf"))
