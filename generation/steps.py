@@ -16,7 +16,7 @@ from .kernels import can_run_kernels
 from .tree import DraftTree
 
 # One program holds the nodes of all sequences, and compares each token with all that end a sequence.
-MOST_PLACES = 8192
+MOST_PLACES = 4096
 MOST_ENDS = 32
 
 

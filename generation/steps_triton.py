@@ -45,7 +45,7 @@ def take(tree: DraftTree, choices: Tensor, standing: Standing, steps: Steps) -> 
             BLOCK_ROWS=block_rows,
             BLOCK_NODES=block_nodes,
             BLOCK_ENDS=triton.next_power_of_2(max(num_ends, 1)),
-            num_warps=1 if block_rows * block_nodes <= 256 else 8,
+            num_warps=min(max(block_rows * block_nodes // 256, 1), 16),
         )
     return report
 

@@ -57,7 +57,7 @@ def attends(parents: Tensor, deepest: int) -> Tensor:
             num_nodes,
             deepest,
             BLOCK=triton.next_power_of_2(num_nodes),
-            num_warps=4,
+            num_warps=8,
         )
     return sees
 
