@@ -105,7 +105,7 @@ def _take_kernel(
         num_until_end = tl.where(is_walking & is_end & ~is_frozen, tl.minimum(num_until_end, step + 1), num_until_end)
         is_next = may_follow & (parent == node[:, None]) & (token_id == token[:, None])
         child = tl.min(tl.where(is_next, column[None, :], BLOCK_NODES), axis=1)
-        is_walking = is_walking & (child < BLOCK_NODES)
+        is_walking = child < BLOCK_NODES  # who has stopped stays where no child is
         node = tl.where(is_walking, child, node)
 
     num_tokens = tl.load(lengths_ptr + row, mask=is_row, other=0) + 1

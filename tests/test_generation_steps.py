@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from reference_generation import TARGETS, make_draft, make_prompts, set_tree
 
 from eagle3_mla.generation import steps as module
+from eagle3_mla.generation import tree as tree_module
 from eagle3_mla.generation.steps import Standing, Steps, take_by_definition, take_steps
 from eagle3_mla.generation.tree import DraftTree, build_chain
 
@@ -165,6 +167,29 @@ def test_drawn_choices_and_large_batches_never_reach_the_kernel(monkeypatch):
     nodes = torch.zeros(32, 128, dtype=torch.long)
     assert module.runs_on_triton(DraftTree(nodes, nodes), standing)
     assert not module.runs_on_triton(DraftTree(nodes[:, :65].repeat(2, 1), nodes), standing)
+
+
+@in_interpreter
+@pytest.mark.parametrize("size", [(12, 3, 4), (5, 1, 5)], ids=["tree", "chain"])
+def test_text_is_that_of_plain_generation_with_the_kernels_of_steps_and_trees(size, monkeypatch):
+    """A batch whose sequences end at different places."""
+    pytest.importorskip("triton")
+    from eagle3_mla.generation import steps_triton
+
+    taken, take = [], steps_triton.take
+    monkeypatch.setattr(steps_triton, "take", lambda *given: taken.append(take(*given)) or taken[-1])
+    for each in (module, tree_module):
+        monkeypatch.setattr(each, "runs_on_triton", lambda *given: True)
+    target = TARGETS["llama"]().eval()
+    draft = set_tree(make_draft(target), *size)
+    draft.generation_config.fixed_shapes = True
+    prompt, settings = make_prompts([5, 2, 4]), {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0}
+    plain = target.generate(**prompt, **settings)
+    settings["eos_token_id"] = [int(plain[0, 30]), int(plain[1, 38])]
+    plain = target.generate(**prompt, **settings).tolist()
+    assert target.generate(**prompt, **settings, assistant_model=draft).tolist() == plain
+    assert any(report[:, 1].any() for report in taken)
+    assert any(report[:, 2].any() for report in taken)
 
 
 @pytest.mark.gpu
