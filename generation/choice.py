@@ -28,14 +28,15 @@ class Walk:
         path (`torch.LongTensor` of shape `(B, P)`): The nodes, root first.
         tokens (`torch.LongTensor` of shape `(B, P)`): The target's choice after each.
         num_steps (`torch.LongTensor` of shape `(B,)`): How many nodes were reached, at least the root.
-        processed (`torch.Tensor` of shape `(B, M, V)`): Processed scores, of all nodes or of the path alone.
+        processed (`torch.Tensor` of shape `(B, M, V)`, *optional*): Processed scores, of all nodes or of the path
+            alone; `None` where nobody looks at them.
         places (`torch.LongTensor` of shape `(B, P)`): Where among them those of the path are.
     """
 
     path: Tensor
     tokens: Tensor
     num_steps: Tensor
-    processed: Tensor
+    processed: Tensor | None
     places: Tensor
 
     @cached_property
@@ -62,6 +63,14 @@ def walk_at_once(
         noise (`torch.Tensor` of shape `(B, P, V)`, *optional*): Of each depth; `None` means greedy.
         pads (`torch.LongTensor` of shape `(B,)`): The token that a sequence gets whatever the target says, or -1.
     """
+    scores, tokens = choose_at_once(tree, logits, warpers, noise)
+    return walk_along(tree, torch.where(pads[:, None] >= 0, pads[:, None], tokens), scores)
+
+
+def choose_at_once(
+    tree: DraftTree, logits: Tensor, warpers: LogitsProcessorList, noise: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The processed scores `(B, N, V)` and the token that is chosen `(B, N)` at all nodes; see [`walk_at_once`]."""
     batch_size, num_nodes, vocab_size = logits.shape
     scores = logits.flatten(0, 1)  # (B * N, V)
     if len(warpers) > 0 or noise is not None:
@@ -70,8 +79,11 @@ def walk_at_once(
         rows = torch.arange(batch_size, device=logits.device)[:, None]
         noise = noise[rows, tree.depths].flatten(0, 1)
     tokens = choose_token(scores, noise).view(batch_size, num_nodes)
-    tokens = torch.where(pads[:, None] >= 0, pads[:, None], tokens)
+    return scores.view(batch_size, num_nodes, vocab_size), tokens
 
+
+def walk_along(tree: DraftTree, tokens: Tensor, scores: Tensor | None) -> Walk:
+    """How far each sequence comes with the `tokens (B, N)` that were chosen, from `scores (B, N, V)`."""
     is_chosen = tree.token_ids == tokens.gather(1, tree.parents)
     is_chosen[:, 0] = True
     if tree.is_chain:
@@ -79,7 +91,6 @@ def walk_at_once(
     else:
         is_reached = ~(tree.attends & ~is_chosen[:, None]).any(dim=-1)
     path = (~is_reached).int().sort(dim=1, stable=True).indices[:, : tree.deepest + 1]
-    scores = scores.view(batch_size, num_nodes, vocab_size)
     return Walk(path, tokens.gather(1, path), is_reached.sum(dim=1), scores, places=path)
 
 

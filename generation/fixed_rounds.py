@@ -22,13 +22,14 @@ from transformers import Cache, CompileConfig, LogitsProcessorList, PreTrainedMo
 
 from .branching import layer_kinds, window_of
 from .capture import Stage, capture
-from .choice import limit_walk, report_walk, walk_at_once
+from .choice import choose_at_once
 from .compilation import compiled
 from .drafting import draft_tree
 from .fixed_buffers import TextBuffers
 from .fused_target import TreeInSlots, fused_operations, tree_attention
 from .memory import additive_mask
 from .ragged import MAX_LEAD
+from .steps import Standing, Steps, take_steps
 from .support import TreePlan
 from .tree import DraftTree
 from .verification import Verdict
@@ -176,19 +177,13 @@ class FixedRounds:
     def choose(self) -> Tensor:
         """The path of every sequence; returns what the host has to know of it, `(B, 4 + 2P)`."""
         tree, buffers, is_sampled = self.tree, self.buffers, self.buffers.noise is not None
-        pads = torch.where(buffers.is_frozen, self.pad_token_id, -1)
-        walk = walk_at_once(tree, self.logits, self.warpers, buffers.noise.draws if is_sampled else None, pads)
-        num_tokens = buffers.lengths + 1
-        limit = torch.minimum(buffers.limit, num_tokens.min() + MAX_LEAD) if is_sampled else buffers.limit
-        num_new, has_ended = limit_walk(
-            walk, num_tokens, limit - num_tokens, self.eos_token_ids, buffers.is_frozen, is_sampled
-        )
-        self.path.copy_(walk.path)
-        self.tokens.copy_(walk.tokens)
-        self.num_new.copy_(num_new)
-        if self.freezes:
-            buffers.is_frozen |= has_ended
-        return report_walk(tree, walk, num_new, has_ended)
+        noise = buffers.noise.draws if is_sampled else None
+        scores, choices = choose_at_once(tree, self.logits, self.warpers, noise)
+        limit = torch.minimum(buffers.limit, buffers.lengths.min() + 1 + MAX_LEAD) if is_sampled else buffers.limit
+        pad_token_id = self.pad_token_id if self.freezes else None
+        standing = Standing(buffers.lengths, limit, buffers.is_frozen, self.eos_token_ids, pad_token_id)
+        steps = Steps(self.path, self.tokens, self.num_new)
+        return take_steps(tree, choices, standing, steps, scores if is_sampled else None)
 
     def keep(self) -> None:
         """Both models keep the accepted paths and forget the other nodes."""

@@ -13,6 +13,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .kernels import can_run_kernels
+
+# The kernels hold all candidates of a sequence at once, and of what is kept all pairs.
+MOST_CANDIDATES = 1024
+MOST_NODES = 128
+
 
 @dataclass(frozen=True)
 class DraftTree:
@@ -39,16 +45,16 @@ class DraftTree:
     @cached_property
     def attends(self) -> Tensor:
         """Who sees whom, bool `(B, N, N)`: a node sees itself and whatever its parent sees."""
-        num_nodes, device = len(self), self.token_ids.device
-        nodes = torch.arange(num_nodes, device=device)
+        num_nodes = len(self)
         if self.is_chain:
+            nodes = torch.arange(num_nodes, device=self.token_ids.device)
             return (nodes <= nodes[:, None]).expand(len(self.token_ids), -1, -1)
-        sees = (nodes == nodes[:, None]) | (nodes == self.parents[..., None])
-        num_generations, deepest = 1, num_nodes - 1 if self.max_depth is None else min(self.max_depth, num_nodes - 1)
-        while num_generations <= deepest:  # each product doubles how far up a node sees
-            sees = sees.float() @ sees.float() > 0
-            num_generations *= 2
-        return sees
+        deepest = num_nodes - 1 if self.max_depth is None else min(self.max_depth, num_nodes - 1)
+        if runs_on_triton(self.parents, num_nodes):
+            from .tree_triton import attends
+
+            return attends(self.parents, deepest)
+        return attends_by_definition(self.parents, deepest)
 
     @cached_property
     def depths(self) -> Tensor:
@@ -118,6 +124,21 @@ class DraftTree:
         return replace(self, token_ids=torch.cat([roots, self.token_ids[:, 1:]], dim=1))
 
 
+def runs_on_triton(tensor: Tensor, num_nodes: int) -> bool:
+    return tensor.is_cuda and num_nodes <= MOST_NODES and can_run_kernels(tensor.device)
+
+
+def attends_by_definition(parents: Tensor, deepest: int) -> Tensor:
+    """[`DraftTree.attends`] of trees with these parents `(B, N)`, no node of which is deeper than `deepest`."""
+    nodes = torch.arange(parents.shape[1], device=parents.device)
+    sees = (nodes == nodes[:, None]) | (nodes == parents[..., None])
+    num_generations = 1
+    while num_generations <= deepest:  # each product doubles how far up a node sees
+        sees = sees.float() @ sees.float() > 0
+        num_generations *= 2
+    return sees
+
+
 def build_chain(token_ids: Tensor) -> DraftTree:
     """The trees in which every node continues the one before it, `(B, N)`."""
     nodes = torch.arange(token_ids.shape[1], device=token_ids.device)
@@ -141,6 +162,18 @@ def build_tree(
         num_nodes (`int`): Candidates that are kept, at most.
         max_depth (`int`, *optional*): Depth of the deepest candidate.
     """
+    is_supported = scores.dtype == torch.float32 and scores.shape[1] <= MOST_CANDIDATES
+    if is_supported and runs_on_triton(scores, 1 + min(num_nodes, scores.shape[1])):
+        from .tree_triton import build
+
+        return build(root, token_ids, parents, scores, num_nodes, max_depth)
+    return build_by_definition(root, token_ids, parents, scores, num_nodes, max_depth)
+
+
+def build_by_definition(
+    root: Tensor, token_ids: Tensor, parents: Tensor, scores: Tensor, num_nodes: int, max_depth: int | None = None
+) -> DraftTree:
+    """As [`build_tree`]."""
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)  # NaN would come before all others
     best = scores.sort(dim=1, descending=True, stable=True).indices[:, :num_nodes]
     kept, preferred = best.sort(dim=1)  # (B, N - 1)
