@@ -19,14 +19,12 @@ class Parts:
         sums (`torch.Tensor` of shape `(B, P, H, W, C)`): Of weighted latents.
         maxima, totals (`torch.Tensor` of shape `(B, P, H, W)`): The largest score, and the sum of the weights.
         block_slots (`int`): Slots of a tile; parts are whole tiles.
-        max_parts (`int`): As many as programs that run at once work on: there are never more.
     """
 
     sums: Tensor
     maxima: Tensor
     totals: Tensor
     block_slots: int
-    max_parts: int
 
     @classmethod
     def empty(
@@ -54,7 +52,7 @@ class Parts:
         batch_size, num_heads, num_rows, _ = query.shape
         sums = query.new_empty(batch_size, num_parts, num_heads, num_rows, latent_dim, dtype=torch.float32)
         maxima, totals = query.new_empty(2, *sums.shape[:-1], dtype=torch.float32)
-        return cls(sums, maxima, totals, block_slots, parts_per_program * max_programs)
+        return cls(sums, maxima, totals, block_slots)
 
 
 @functools.cache
