@@ -32,7 +32,8 @@ def make_tree(shape: tuple[int, int, int], generator: torch.Generator) -> DraftT
             may_go_on = [each for each, steps in enumerate(depths) if steps < depth]
             parent = may_go_on[int(torch.randint(0, len(may_go_on), (), generator=generator))]
             depths.append(depths[parent] + 1)
-            parents[row, node], token_ids[row, node] = parent, tokens[parent, node % VOCAB_SIZE]
+            num_siblings = parents[row, 1:node].tolist().count(parent)
+            parents[row, node], token_ids[row, node] = parent, tokens[parent, num_siblings]
     preferred = torch.rand(num_rows, num_nodes - 1, generator=generator).argsort(dim=1)
     return DraftTree(token_ids, parents, max_depth=depth, preferred=preferred)
 
