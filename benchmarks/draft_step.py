@@ -3,7 +3,7 @@
 The head of an 8B target: 32 query heads and 8 key-value heads of 128, hidden 4096, MLP 14336, bfloat16, batch 1; MLA
 with C = 256, R = 0 and R = 64. `width` new rows attend to the context and, each, to itself. "Attention" is what lies
 between query and output projection, the projections that MLA moves there included; "layer" is the draft's whole layer
-as captured rounds run it, with their kernels (norms, RoPE, gate, cache) on two streams, whatever the attention.
+as captured rounds run it, with their kernels (norms, RoPE, gate, cache) and streams, whatever the attention.
 Times are medians of CUDA graphs, the L2 cache emptied before each. TFLOP/s and GB/s are attention's: FLOPs that the
 absorbed form needs (R = 0: its keys made once), bytes of the cache, read once. "cache" is what the draft's cache has
 allocated for the context, a quarter more than it holds. `flash` is standard attention without a mask, a bound for what
