@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
+from .kernels import HALF_PRECISION
 from .sampling import choose_token, is_distribution
 from .tree import DraftTree
 
@@ -73,7 +74,8 @@ def choose_at_once(
     """The processed scores `(B, N, V)` and the token that is chosen `(B, N)` at all nodes; see [`walk_at_once`]."""
     batch_size, num_nodes, vocab_size = logits.shape
     scores = logits.flatten(0, 1)  # (B * N, V)
-    if len(warpers) > 0 or noise is not None:
+    # Best tokens are the same in half precision, not so in float64: what it tells apart may be equal in `generate()`.
+    if len(warpers) > 0 or noise is not None or logits.dtype not in HALF_PRECISION:
         scores = warpers(None, scores.float())
     if noise is not None:
         rows = torch.arange(batch_size, device=logits.device)[:, None]

@@ -604,6 +604,19 @@ def test_draft_may_have_a_type_of_its_own(llama, dtype):
         assert_same_call(llama, make_fixed(llama).to(dtype), prompt, do_sample=False)
 
 
+def test_scores_that_float64_alone_tells_apart_are_equal():
+    """Plain generation rounds to float32 before it chooses, and takes the first of equal ones."""
+    target = TARGETS["llama"]().eval().double()
+    with torch.no_grad():
+        weight = target.lm_head.weight
+        weight[3::2] = weight[2:-1:2] * (1 + 1e-11)
+    prompt, settings = make_prompts([5, 2]), {"max_new_tokens": 20, "do_sample": False}
+    draft = set_tree(make_draft(target), 8, 2, 4)
+    draft.generation_config.fixed_shapes = True
+    plain = target.generate(**prompt, **settings).tolist()
+    assert target.generate(**prompt, **settings, assistant_model=draft).tolist() == plain
+
+
 def test_half_precision_comes_to_the_end_of_the_text():
     target = TARGETS["llama"]().eval().bfloat16()
     draft = make_fixed(target).bfloat16()
