@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .top_tokens import MOST_AT_ONCE, best_scores, runs_on_triton
+from .top_tokens import MOST_AT_ONCE, runs_on_triton
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def grow(
     frontier: Frontier, log_probs: Tensor, draft_ids: Tensor, d2t: Tensor, num_columns: int
 ) -> tuple[Candidates, Frontier]:
     """
-    One depth more: all continuations, and the k best of them.
+    One depth more: all continuations, and the k best of them, of equal ones the first.
 
     Args:
         frontier ([`Frontier`]): What is continued.
@@ -93,7 +93,7 @@ def grow_by_definition(
         parents=frontier.candidates.repeat_interleave(top_k, dim=1),
         scores=(frontier.scores[..., None] + log_probs).flatten(1),
     )
-    scores, chosen = best_scores(candidates.scores, top_k)
+    scores, chosen = (each[:, :top_k] for each in candidates.scores.sort(dim=1, descending=True, stable=True))
     rows = chosen // top_k
     sees = frontier.sees[..., :num_before].gather(1, rows[..., None].expand(-1, -1, num_before))
     itself = torch.eye(top_k, dtype=torch.bool, device=sees.device).expand(len(sees), -1, -1)

@@ -30,15 +30,6 @@ def best_log_probs(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return best(scores, top_k)
 
 
-def best_scores(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """As `scores.topk(top_k)`, of a few scores `(..., V)`; of equal ones the kernel takes the first."""
-    if not runs_on_triton(scores, top_k) or scores.shape[-1] > MOST_AT_ONCE:
-        return scores.topk(top_k)
-    from .top_tokens_triton import best_at_once
-
-    return best_at_once(scores, top_k)
-
-
 def highest(scores: Tensor) -> Tensor:
     """As `scores.argmax(dim=-1)`, the first of equal ones or the first that is not a number, `(..., V)` -> `(...)`."""
     if not runs_on_triton(scores, 1) or scores.shape[-1] <= MOST_AT_ONCE:

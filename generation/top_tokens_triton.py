@@ -45,26 +45,6 @@ def best(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
     return values.view(shape), places.view(shape)
 
 
-def best_at_once(scores: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """See `best_scores`; the scores of a row fit into one program."""
-    rows = scores.reshape(-1, scores.shape[-1])
-    values = rows.new_empty(*scores.shape[:-1], top_k)
-    places = rows.new_empty(*scores.shape[:-1], top_k, dtype=torch.int64)
-    block = triton.next_power_of_2(rows.shape[1])
-    with torch.cuda.device_of(rows):
-        _best_of_row[(len(rows),)](
-            rows,
-            values,
-            places,
-            *rows.stride(),
-            rows.shape[1],
-            TOP_K=top_k,
-            BLOCK=block,
-            num_warps=4 if block > 256 else 1,
-        )
-    return values, places
-
-
 def highest(scores: Tensor) -> Tensor:
     """See `top_tokens.highest`."""
     rows = scores.reshape(-1, scores.shape[-1])
@@ -140,28 +120,6 @@ def _best_of_parts(
     for rank in range(TOP_K):
         best_key = tl.max(key, axis=0)
         tl.store(values_ptr + row * TOP_K + rank, score_of(best_key) - highest - log_sum)
-        tl.store(places_ptr + row * TOP_K + rank, place_of(best_key))
-        key = tl.where(key == best_key, NOTHING, key)
-
-
-@triton.jit
-def _best_of_row(
-    scores_ptr,
-    values_ptr,
-    places_ptr,
-    row_stride,
-    score_stride,
-    num_scores,
-    TOP_K: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row, place = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
-    is_score = place < num_scores
-    score = _load_scores(scores_ptr + row * row_stride, place, is_score, score_stride)
-    key = tl.where(is_score, keys_of(score, place), NOTHING)
-    for rank in range(TOP_K):
-        best_key = tl.max(key, axis=0)
-        tl.store(values_ptr + row * TOP_K + rank, score_of(best_key))
         tl.store(places_ptr + row * TOP_K + rank, place_of(best_key))
         key = tl.where(key == best_key, NOTHING, key)
 

@@ -134,9 +134,9 @@ OPERATIONS = {
         lambda: seeded(top_tokens.best_log_probs, lambda: [half(2, 64)], 4),
         lambda: seeded(lambda scores, k: scores.float().log_softmax(-1).topk(k), lambda: [half(2, 64)], 4),
     ),
-    "best scores": (
-        lambda: seeded(top_tokens.best_scores, lambda: [half(2, 64)], 4),
-        lambda: seeded(torch.topk, lambda: [half(2, 64)], 4),
+    "highest token": (
+        lambda: seeded(top_tokens.highest, lambda: [half(2, 2048)]),
+        lambda: seeded(lambda scores: scores.argmax(dim=-1), lambda: [half(2, 2048)]),
     ),
     "writing": (lambda: written(slot_writing.write_to_slots), lambda: written(slot_writing.write_by_definition)),
 }

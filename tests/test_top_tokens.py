@@ -30,23 +30,6 @@ def test_kernels_take_the_best_in_the_interpreter(shape, top_k, dtype):
     compare(4 * torch.randn(shape).to(dtype), top_k)
 
 
-def compare_at_once(scores: torch.Tensor, top_k: int) -> None:
-    from eagle3_mla.generation.top_tokens_triton import best_at_once
-
-    values, places = best_at_once(scores, top_k)
-    expected_places = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-    assert torch.equal(places, expected_places)
-    assert torch.equal(values, scores.gather(-1, expected_places))
-
-
-@in_interpreter
-@pytest.mark.parametrize(("shape", "top_k"), [((2, 100), 10), ((3, 1), 1), ((1, 1024), 32), ((2, 9), 9)], ids=str)
-def test_few_scores_are_looked_at_once_in_the_interpreter(shape, top_k):
-    pytest.importorskip("triton")
-    compare_at_once(torch.randn(shape), top_k)
-    compare_at_once(torch.randint(-2, 3, shape).float(), top_k)
-
-
 def tied_scores(device: str = "cpu") -> torch.Tensor:
     """Few different numbers, zeros of both signs among them, and rows without a single finite one but some."""
     scores = torch.randint(-2, 3, (1, 5, 3000), device=device).float()
@@ -134,12 +117,6 @@ def test_double_precision_and_many_best_never_reach_the_kernels(monkeypatch):
 @pytest.mark.parametrize(("shape", "top_k"), [*SHAPES, *BIG_SHAPES], ids=str)
 def test_kernels_take_the_best_on_a_gpu(shape, top_k, dtype):
     compare(4 * torch.randn(shape, device="cuda").to(dtype), top_k)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("shape", "top_k"), [((4, 100), 10), ((32, 1024), 32)], ids=str)
-def test_few_scores_are_looked_at_once_on_a_gpu(shape, top_k):
-    compare_at_once(torch.randint(-9, 9, shape, device="cuda").float(), top_k)
 
 
 @pytest.mark.gpu
