@@ -12,11 +12,17 @@ def indexed_embeddings(*embeddings: nn.Module | None) -> Iterator[None]:
     """While the context is open, those of `embeddings` that are plain tables are indexed."""
     with ExitStack() as stack:
         for embedding in embeddings:
-            # Others scale their rows, or fetch weights from elsewhere.
-            if type(embedding) is nn.Embedding and embedding.max_norm is None and "forward" not in vars(embedding):
+            if is_table(embedding):
                 embedding.forward = partial(rows_of, embedding)
                 stack.callback(delattr, embedding, "forward")
         yield
+
+
+def is_table(embedding: nn.Module | None) -> bool:
+    """Whether rows of the weights are all there is: others scale them, fetch them from elsewhere, or are quantised."""
+    if type(embedding) is not nn.Embedding or type(embedding.weight) is not nn.Parameter:
+        return False
+    return embedding.max_norm is None and "forward" not in vars(embedding)
 
 
 def rows_of(embedding: nn.Embedding, ids: Tensor) -> Tensor:

@@ -592,17 +592,24 @@ def test_compilers_get_the_definition(monkeypatch):
     assert keys[0, 0].sum(dim=-1).tolist() == [0, 0, 2, 0]
 
 
+class OwnWeights(torch.Tensor):
+    """As of quantised weights, which know how to be looked up but not how to be indexed."""
+
+
 @torch.no_grad()
 def test_plain_tables_are_indexed_and_others_left_alone():
     plain, patched, limited = nn.Embedding(9, 4), nn.Embedding(9, 4), nn.Embedding(9, 4, max_norm=1.0)
     patched.forward = own = partial(nn.Embedding.forward, patched)
     scaled = TARGETS["gemma3-window-8"]().get_input_embeddings()
+    quantised = nn.Embedding(9, 4)
+    quantised.weight = nn.Parameter(torch.randn(9, 4).as_subclass(OwnWeights))
     ids = torch.tensor([[3, 0], [8, 3]])
     expected = plain(ids)
-    with indexed_embeddings(plain, patched, limited, scaled, None):
+    with indexed_embeddings(plain, patched, limited, scaled, quantised, None):
         assert "forward" in vars(plain)
         assert torch.equal(plain(ids), expected)
         assert patched.forward is own
         assert "forward" not in vars(limited)
         assert "forward" not in vars(scaled)
+        assert "forward" not in vars(quantised)
     assert "forward" not in vars(plain)
