@@ -9,6 +9,7 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from eagle3_mla.generation import (
+    fused_draft_layer,
     fused_mlp,
     fused_norm,
     fused_residual,
@@ -16,11 +17,14 @@ from eagle3_mla.generation import (
     fused_target,
     kernels,
     latent_attention,
+    levels,
     notices,
     slot_writing,
+    steps,
     top_tokens,
     tree_attention,
 )
+from eagle3_mla.generation import tree as tree_module
 
 PACKAGE = kernels.__package__
 KERNELS = [f"{PACKAGE}.{path.stem}" for path in Path(kernels.__file__).parent.glob("*_triton.py")]
@@ -97,11 +101,39 @@ class Rotary(torch.nn.Module):
         return position_ids.to(dtype).cos(), position_ids.to(dtype).sin()
 
 
+def both_norms(function) -> torch.Tensor:
+    torch.manual_seed(1)
+    return function(norm(), norm(), half(2, 8), half(2, 8))
+
+
+def grown(grow) -> tuple:
+    torch.manual_seed(1)
+    log_probs, draft_ids = -torch.rand(2, 1, 3), torch.tensor([[[4, 0, 2]], [[1, 2, 3]]])
+    roots = levels.Frontier.of_roots(2, torch.device("cpu"))
+    level, frontier = grow(roots, log_probs, draft_ids, torch.ones(5, dtype=torch.long), 6)
+    return *vars(level).values(), frontier.scores, frontier.token_ids, frontier.sees
+
+
+def built(build) -> tuple:
+    torch.manual_seed(1)
+    parents, scores = torch.tensor([[-1, -1, 0, 0, 1]]), torch.tensor([[-1.0, -0.5, -1.5, -3.0, -2.0]])
+    tree = build(torch.tensor([[7]]), torch.arange(5)[None], parents, scores, 3)
+    return tree.token_ids, tree.parents, tree.preferred
+
+
+def stepped(take) -> tuple:
+    tree = tree_module.build_chain(torch.tensor([[1, 2, 3], [4, 5, 6]]))
+    standing = steps.Standing(torch.tensor([3, 4]), torch.tensor(9), torch.zeros(2, dtype=torch.bool), None, None)
+    taken = steps.Steps(*torch.zeros(2, 2, 3, dtype=torch.long), torch.zeros(2, dtype=torch.long))
+    return take(tree, torch.tensor([[2, 3, 1], [5, 1, 1]]), standing, taken), *vars(taken).values()
+
+
 def seeded(function, make, *more):
     torch.manual_seed(1)
     return function(*make(), *more)
 
 
+PARENTS = torch.tensor([[0, 0, 1, 1]])
 OPERATIONS = {
     "attention to latents": (
         lambda: seeded(latent_attention.attend_latents, latents),
@@ -138,6 +170,17 @@ OPERATIONS = {
         lambda: seeded(top_tokens.highest, lambda: [half(2, 2048)]),
         lambda: seeded(lambda scores: scores.argmax(dim=-1), lambda: [half(2, 2048)]),
     ),
+    "both norms": (
+        lambda: both_norms(fused_draft_layer.normalise_both),
+        lambda: both_norms(fused_draft_layer.normalise_both_by_definition),
+    ),
+    "level": (lambda: grown(levels.grow), lambda: grown(levels.grow_by_definition)),
+    "tree": (lambda: built(tree_module.build_tree), lambda: built(tree_module.build_by_definition)),
+    "who sees whom": (
+        lambda: tree_module.DraftTree(PARENTS, PARENTS).attends,
+        lambda: tree_module.attends_by_definition(PARENTS, 2),
+    ),
+    "steps": (lambda: stepped(steps.take_steps), lambda: stepped(steps.take_by_definition)),
     "writing": (lambda: written(slot_writing.write_to_slots), lambda: written(slot_writing.write_by_definition)),
 }
 
