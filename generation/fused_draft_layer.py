@@ -39,7 +39,9 @@ def fused_draft_layers(draft: nn.Module) -> Iterator[None]:
 
 
 def replace(stack: ExitStack, module: nn.Module, name: str, function) -> None:
-    """Puts `function` in the place of a method until `stack` ends."""
+    """Puts `function` in the place of a method until `stack` ends, unless somebody has done so before."""
+    if name in vars(module):
+        return
     setattr(module, name, function)
     stack.callback(delattr, module, name)
 

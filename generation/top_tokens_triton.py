@@ -53,7 +53,7 @@ def highest(scores: Tensor) -> Tensor:
     keys = rows.new_empty(num_rows, num_parts, dtype=torch.int64)
     places = rows.new_empty(scores.shape[:-1], dtype=torch.int64)
     with torch.cuda.device_of(rows):
-        _highest_of_part[num_parts, num_rows](rows, keys, *rows.stride(), num_scores, BLOCK=BLOCK_COMPARED)
+        _highest_of_part[num_rows, num_parts](rows, keys, *rows.stride(), num_scores, BLOCK=BLOCK_COMPARED)
         _highest_of_parts[(num_rows,)](
             keys, places, num_parts, BLOCK_PARTS=triton.next_power_of_2(num_parts), num_warps=1
         )
@@ -62,14 +62,14 @@ def highest(scores: Tensor) -> Tensor:
 
 @triton.jit
 def _highest_of_part(scores_ptr, keys_ptr, row_stride, score_stride, num_scores, BLOCK: tl.constexpr):
-    part, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     place = part * BLOCK + tl.arange(0, BLOCK)
     is_score = place < num_scores
     score = _load_scores(scores_ptr + row * row_stride, place, is_score, score_stride)
     # All that are not numbers are alike, and above the numbers.
     score = tl.where(score != score, float("nan"), score)
     key = tl.where(is_score, keys_of(score, place), NOTHING)
-    tl.store(keys_ptr + row * tl.num_programs(0) + part, tl.max(key, axis=0))
+    tl.store(keys_ptr + row * tl.num_programs(1) + part, tl.max(key, axis=0))
 
 
 @triton.jit
