@@ -104,7 +104,8 @@ class FixedMemory:
         batch_size, _, width = like.pending_states.shape
         is_latent = draft.config.attention_type == "mla"
         self.cache = (LatentCache if is_latent else FixedCache)(like.cache, capacity + max(num_guesses, num_pending))
-        self.num_guesses, self.guesses = num_guesses, None  # slots of a round's, until the next begins
+        self.num_guesses = num_guesses
+        self.guesses: NewSlots | None = None  # where those of a round stand
         self.rotary = draft.rotary_emb
         self.first_slot = like.first_slot
         self.num_rows = like.pending_tokens.new_zeros(batch_size)

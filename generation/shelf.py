@@ -8,6 +8,7 @@ the latest calls are kept, as many as a part of the device's memory holds.
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -236,10 +237,8 @@ class Shelf:
     def _new_within_memory(self, capacity: int) -> TextBuffers | None:
         """New buffers; where the device has no room for them, nothing else is kept on it any more."""
         for _ in range(2):
-            try:
+            with suppress(torch.OutOfMemoryError):
                 return self._new(capacity)
-            except torch.OutOfMemoryError:
-                pass
             self._empty_device()  # only now: the error held what had been made
         give_reason(self.target, f"the device has no memory for {capacity} slots a sequence")
         return None
