@@ -391,19 +391,9 @@ def _join_kernel(
         gdc_wait()
 
     first_row = batch * num_parts * num_heads * num_rows + tl.program_id(0)
+    written = partial_ptr, maxima_ptr, first_row, num_heads * num_rows, num_written
     # The first parts are on their way while their maxima are compared.
-    partial, some_maxima = _parts_from(
-        0,
-        partial_ptr,
-        maxima_ptr,
-        first_row,
-        num_heads * num_rows,
-        num_written,
-        latent,
-        is_latent,
-        LATENT_DIM,
-        BLOCK_PARTS,
-    )
+    partial, some_maxima = _parts_from(0, written, latent, is_latent, LATENT_DIM, BLOCK_PARTS)
     part = tl.arange(0, MAX_PARTS)
     statistic = first_row + part * num_heads * num_rows
     maxima = tl.load(maxima_ptr + statistic, mask=part < num_written, other=float("-inf"))
@@ -413,18 +403,7 @@ def _join_kernel(
     total = tl.sum(totals * tl.exp2(maxima - maximum), axis=0)
     sums = partial * tl.exp2(some_maxima - maximum)[:, None]
     for begin in range(BLOCK_PARTS, num_written, BLOCK_PARTS):
-        partial, some_maxima = _parts_from(
-            begin,
-            partial_ptr,
-            maxima_ptr,
-            first_row,
-            num_heads * num_rows,
-            num_written,
-            latent,
-            is_latent,
-            LATENT_DIM,
-            BLOCK_PARTS,
-        )
+        partial, some_maxima = _parts_from(begin, written, latent, is_latent, LATENT_DIM, BLOCK_PARTS)
         sums += partial * tl.exp2(some_maxima - maximum)[:, None]
     latents = tl.sum(sums, axis=0) / tl.where(total > 0, total, 1.0)
     values = tl.sum(w_uv.to(tl.float32) * latents[None, :], axis=1)
@@ -433,19 +412,9 @@ def _join_kernel(
 
 
 @triton.jit
-def _parts_from(
-    begin,
-    partial_ptr,
-    maxima_ptr,
-    first_row,
-    row_step,
-    num_written,
-    latent,
-    is_latent,
-    LATENT_DIM: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr,
-):
+def _parts_from(begin, written, latent, is_latent, LATENT_DIM: tl.constexpr, BLOCK_PARTS: tl.constexpr):
     """Sums and maxima of a row in some parts; zeros and minus infinity behind those that were written."""
+    partial_ptr, maxima_ptr, first_row, row_step, num_written = written
     some = begin + tl.arange(0, BLOCK_PARTS)
     in_row = first_row + some * row_step
     is_written = some < num_written
