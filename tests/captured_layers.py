@@ -6,6 +6,7 @@ import torch
 
 from eagle3_mla.configuration_eagle3_mla import Eagle3MLAConfig
 from eagle3_mla.generation.capture import capture
+from eagle3_mla.generation.fused_target import fused_draft_operations
 from eagle3_mla.modeling_eagle3_mla import Eagle3MLADraftModel
 
 KINDS = {
@@ -17,6 +18,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "
 # Large enough for the matrix products that large heads have, and for branches that really run at once.
 BIG = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 16, "head_dim": 128}
 NUM_FORWARDS = 4
+NUM_REPLAYS = 50
 # Of a GPU's clock: some hundred microseconds, longer than any branch takes.
 PAUSE = 400_000
 
@@ -52,3 +54,15 @@ def captured_rounds(draft: Eagle3MLADraftModel, num_replays: int) -> list[torch.
         return torch.cat([*logits, states], dim=-1)
 
     return replay_captured(stage, 2, draft.config.hidden_size, num_replays)
+
+
+def assert_same_bits_without(switch_off: Callable[[], None], draft: Eagle3MLADraftModel) -> None:
+    """Every replay of fused forwards computes what those compute that are captured after `switch_off`."""
+    with fused_draft_operations(draft):
+        found = captured_rounds(draft, NUM_REPLAYS)
+    switch_off()
+    with fused_draft_operations(draft):
+        expected = captured_rounds(draft, NUM_REPLAYS)
+    assert all(map(torch.equal, found, expected))
+    assert not torch.equal(found[0], found[1])
+    assert found[0].isfinite().all()

@@ -4,10 +4,21 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
-from captured_layers import BIG, KINDS, PAUSE, SMALL, captured_rounds, make_layers, replay_captured
+from captured_layers import (
+    BIG,
+    KINDS,
+    NUM_REPLAYS,
+    PAUSE,
+    SMALL,
+    assert_same_bits_without,
+    captured_rounds,
+    make_layers,
+    replay_captured,
+)
 from fake_streams import FakeStreams
 from peft import LoraConfig, get_peft_model
 from reference_generation import TARGETS, make_draft, make_prompts, set_tree
@@ -23,7 +34,6 @@ from eagle3_mla.generation.sibling_projections import sibling_projections as wit
 
 QKV = ("q_proj", "k_proj", "v_proj")
 NAMES = {name for family in (*TARGET_FAMILIES, *DRAFT_FAMILIES) for name in family.names}
-NUM_REPLAYS = 50
 PLAIN_FORWARD = nn.Linear.forward
 
 
@@ -497,14 +507,7 @@ def test_siblings_of_a_target_wait_for_each_other_whichever_is_slow(name, monkey
 @pytest.mark.parametrize("kind", KINDS)
 def test_captured_siblings_of_a_draft_give_the_same_bits_in_every_replay(kind, monkeypatch):
     draft = make_layers(kind, BIG, num_layers=2).cuda().bfloat16()
-    with fused_draft_operations(draft):
-        found = captured_rounds(draft, NUM_REPLAYS)
-    one_after_the_other(monkeypatch)
-    with fused_draft_operations(draft):
-        expected = captured_rounds(draft, NUM_REPLAYS)
-    assert all(map(torch.equal, found, expected))
-    assert not torch.equal(found[0], found[1])
-    assert found[0].isfinite().all()
+    assert_same_bits_without(partial(one_after_the_other, monkeypatch), draft)
 
 
 SLOW = {
